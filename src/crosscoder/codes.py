@@ -1,0 +1,89 @@
+"""SparseCode: the active latents of a batch of rows, in compressed rows.
+
+Row r is active on `latents[p]` with value `values[p]` for p in `row_pointers[r] : row_pointers[r + 1]`.
+Within a row latents are sorted; values are raw `f > 0`, never multiplied by the gate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseCode:
+    """The active latents of `num_rows` rows and their values.
+
+    >>> code = SparseCode.from_dense(torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 3.0]]))
+    >>> code.row_pointers.tolist(), code.latents.tolist(), code.values.tolist()
+    ([0, 1, 3], [1, 0, 2], [2.0, 1.0, 3.0])
+    """
+
+    row_pointers: Int[Tensor, "rows_plus_one"]
+    latents: Int[Tensor, "active"]
+    values: Float[Tensor, "active"]
+    num_latents: int
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows were encoded."""
+        return self.row_pointers.shape[0] - 1
+
+    @property
+    def num_active(self) -> int:
+        """How many (row, latent) pairs are active."""
+        return self.latents.shape[0]
+
+    @property
+    def row_ids(self) -> Int[Tensor, "active"]:
+        """The row of every active pair."""
+        rows = torch.arange(self.num_rows, device=self.latents.device)
+        return torch.repeat_interleave(rows, self.row_pointers.diff(), output_size=self.num_active)
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active latents per row."""
+        return self.num_active / max(1, self.num_rows)
+
+    def to_dense(self) -> Float[Tensor, "rows latents"]:
+        """The code as a full matrix; differentiable in the values."""
+        dense = self.values.new_zeros(self.num_rows, self.num_latents)
+        return dense.index_put((self.row_ids, self.latents), self.values)
+
+    @classmethod
+    def from_dense(cls, f: Float[Tensor, "rows latents"]) -> SparseCode:
+        """The positive entries of `f`; differentiable in `f`."""
+        return cls.from_mask(f, f > 0)
+
+    @classmethod
+    def from_mask(cls, f: Float[Tensor, "rows latents"], mask: Tensor) -> SparseCode:
+        """The entries of `f` where `mask` holds."""
+        rows, latents = mask.nonzero(as_tuple=True)
+        return cls(pointers(rows, num_rows=f.shape[0]), latents, f[rows, latents], f.shape[1])
+
+    def detach(self) -> SparseCode:
+        """The same code without its graph."""
+        return SparseCode(self.row_pointers, self.latents, self.values.detach(), self.num_latents)
+
+    def of_latents(self, start: int, stop: int) -> SparseCode:
+        """The part on latents `start : stop`, renumbered from zero; differentiable in the values."""
+        keep = ((self.latents >= start) & (self.latents < stop)).nonzero().squeeze(1)
+        rows = pointers(self.row_ids[keep], num_rows=self.num_rows)
+        return SparseCode(rows, self.latents[keep] - start, self.values[keep], stop - start)
+
+    def of_rows(self, start: int, stop: int) -> SparseCode:
+        """The part on rows `start : stop`."""
+        first, last = self.row_pointers[start], self.row_pointers[stop]
+        part = slice(int(first), int(last))
+        return SparseCode(
+            self.row_pointers[start : stop + 1] - first, self.latents[part], self.values[part], self.num_latents
+        )
+
+
+def pointers(row_ids: Int[Tensor, "active"], *, num_rows: int) -> Int[Tensor, "rows_plus_one"]:
+    """Row pointers of sorted row ids: where each row starts, and the end."""
+    edges = torch.arange(num_rows + 1, device=row_ids.device, dtype=row_ids.dtype)
+    return torch.searchsorted(row_ids, edges)
