@@ -1,0 +1,32 @@
+# The verbs of this repository. Each one sets itself up from nothing: it needs Python 3.11 or newer and a package index.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo check gpu docs bench
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+demo: setup
+	$(BIN)/crosscoder demo
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/pytest -n 2 -m 'not gpu'
+
+gpu: setup
+	$(BIN)/pytest -m gpu
+	$(BIN)/python benchmarks/run.py --gpu
+
+docs: setup
+	$(BIN)/pytest tests/documents
+
+bench: setup
+	$(BIN)/python benchmarks/run.py
