@@ -7,10 +7,41 @@ Within a row latents are sorted; values are raw `f > 0`, never multiplied by the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which (row, latent) pairs are active, by row and, once asked for, by latent."""
+
+    row_pointers: Int[Tensor, "rows_plus_one"]
+    latents: Int[Tensor, "active"]
+    num_latents: int
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are."""
+        return self.row_pointers.shape[0] - 1
+
+    @cached_property
+    def row_ids(self) -> Int[Tensor, "active"]:
+        """The row of every active pair."""
+        rows = torch.arange(self.num_rows, device=self.latents.device)
+        return torch.repeat_interleave(rows, self.row_pointers.diff(), output_size=self.latents.shape[0])
+
+    @cached_property
+    def by_latent(self) -> Int[Tensor, "active"]:
+        """The order that sorts pairs by latent, rows ascending within one."""
+        return self.latents.argsort(stable=True)
+
+    @cached_property
+    def latent_pointers(self) -> Int[Tensor, "latents_plus_one"]:
+        """Where each latent's pairs start in that order."""
+        return pointers(self.latents[self.by_latent], num_rows=self.num_latents)
 
 
 @dataclass(frozen=True)
@@ -37,11 +68,15 @@ class SparseCode:
         """How many (row, latent) pairs are active."""
         return self.latents.shape[0]
 
+    @cached_property
+    def pattern(self) -> Pattern:
+        """Which pairs are active, without their values; sorted by latent once, however often it is used."""
+        return Pattern(self.row_pointers, self.latents, self.num_latents)
+
     @property
     def row_ids(self) -> Int[Tensor, "active"]:
         """The row of every active pair."""
-        rows = torch.arange(self.num_rows, device=self.latents.device)
-        return torch.repeat_interleave(rows, self.row_pointers.diff(), output_size=self.num_active)
+        return self.pattern.row_ids
 
     @property
     def l0(self) -> float:
@@ -64,9 +99,16 @@ class SparseCode:
         rows, latents = mask.nonzero(as_tuple=True)
         return cls(pointers(rows, num_rows=f.shape[0]), latents, f[rows, latents], f.shape[1])
 
+    @classmethod
+    def of(cls, pattern: Pattern, values: Float[Tensor, "active"]) -> SparseCode:
+        """The code with these values on that pattern, which is shared, not copied."""
+        code = cls(pattern.row_pointers, pattern.latents, values, pattern.num_latents)
+        code.__dict__["pattern"] = pattern  # what the cached property would compute
+        return code
+
     def detach(self) -> SparseCode:
         """The same code without its graph."""
-        return SparseCode(self.row_pointers, self.latents, self.values.detach(), self.num_latents)
+        return SparseCode.of(self.pattern, self.values.detach())
 
     def of_latents(self, start: int, stop: int) -> SparseCode:
         """The part on latents `start : stop`, renumbered from zero; differentiable in the values."""

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
+from jaxtyping import Bool
+
 from crosscoder.errors import WiringError
 from crosscoder.sources import Source, SourceSet
 
@@ -96,9 +99,10 @@ class Wiring:
         return tuple((stop - group.num_latents, stop) for stop, group in zip(stops, self.groups, strict=True))
 
     @cached_property
-    def writes_mask(self) -> tuple[tuple[bool, ...], ...]:
-        """For every group, which written sources it can write: tells "cannot write" from "learned zero"."""
-        return tuple(tuple(key in group.writes for key in self.writes.keys) for group in self.groups)
+    def writes_mask(self) -> Bool[np.ndarray, "latents sources"]:
+        """Which latent has a decoder at which written source: tells "cannot write" from "learned zero"."""
+        rows = [[key in group.writes for key in self.writes.keys] for group in self.groups]
+        return np.repeat(np.asarray(rows), [group.num_latents for group in self.groups], axis=0)
 
     def _check(self, group: LatentGroup) -> None:
         for side, keys in (("reads", group.reads), ("writes", group.writes)):

@@ -1,0 +1,61 @@
+"""Initial weights that any device and any mesh draws alike.
+
+Decoder rows of latent i at source s have a random direction and the norm `decoder_norm`; the encoder is the transpose
+of the decoder where a group reads what it writes. Numbers come from Philox, a counter-based generator, on the CPU: key
+(seed, group), counter (block of latents), so that a shard draws its own rows and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+import xxhash
+from jaxtyping import Float
+from torch import Tensor
+
+from crosscoder.sources import SourceSet
+from crosscoder.wiring import LatentGroup
+
+BLOCK = 1024
+Across = Literal["same", "independent"]
+
+
+def decoder_rows(
+    group: LatentGroup, sources: SourceSet, *, seed: int, decoder_norm: float, across_sources: Across
+) -> Float[Tensor, "latents width"]:
+    """Initial decoder of one group, the written sources side by side."""
+    return _rows(group, sources, group.writes, seed=seed, norm=decoder_norm, across=across_sources)
+
+
+def encoder_rows(
+    group: LatentGroup, sources: SourceSet, *, seed: int, decoder_norm: float, across_sources: Across
+) -> Float[Tensor, "latents width"]:
+    """Initial encoder: the decoder's directions at the sources that are read, whether or not they are written too."""
+    return _rows(group, sources, group.reads, seed=seed, norm=decoder_norm, across=across_sources)
+
+
+def _rows(
+    group: LatentGroup, sources: SourceSet, keys: tuple[str, ...], *, seed: int, norm: float, across: Across
+) -> Tensor:
+    widest = max(sources.widths)
+    parts: list[Tensor] = []
+    for key in keys:
+        stream = "all sources" if across == "same" else key
+        drawn = normal(seed, f"{group.name}/{stream}", num_rows=group.num_latents, width=widest)
+        rows = torch.from_numpy(drawn[:, : sources[key].width])
+        parts.append(norm * torch.nn.functional.normalize(rows, dim=1))
+    return torch.cat(parts, dim=1)
+
+
+def normal(seed: int, name: str, *, num_rows: int, width: int) -> Float[np.ndarray, "rows width"]:
+    """Standard normal rows, each block of 1,024 keyed by (seed, name, block)."""
+    key = [seed % 2**64, xxhash.xxh3_64_intdigest(name.encode())]
+    blocks = [_block(key, block, width) for block in range(-(-num_rows // BLOCK))]
+    return np.concatenate(blocks)[:num_rows]
+
+
+def _block(key: list[int], block: int, width: int) -> Float[np.ndarray, "block width"]:
+    bits = np.random.Philox(key=np.array(key, dtype=np.uint64), counter=np.array([0, 0, 0, block], dtype=np.uint64))
+    return np.random.Generator(bits).standard_normal((BLOCK, width), dtype=np.float32)

@@ -1,0 +1,45 @@
+"""Which latents are dead: those that no training row has activated for a given number of rows.
+
+Counted on the codes of the training step itself, so that logging and validation cannot disturb it.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from crosscoder.codes import SparseCode
+
+
+class DeadLatents(nn.Module):
+    """Rows since each latent last fired."""
+
+    def __init__(self, num_latents: int, *, after_rows: int) -> None:
+        super().__init__()
+        self.after_rows = after_rows
+        self.rows_since_fired: Tensor
+        self.register_buffer("rows_since_fired", torch.zeros(num_latents, dtype=torch.int64))
+
+    @torch.no_grad()
+    def update(self, code: SparseCode) -> None:
+        """Count the rows of one training step."""
+        self.rows_since_fired += code.num_rows
+        self.rows_since_fired[code.latents] = 0
+
+    @property
+    def ids(self) -> Int[Tensor, "dead"]:
+        """The dead latents."""
+        return (self.rows_since_fired >= self.after_rows).nonzero().squeeze(1)
+
+    @property
+    def count(self) -> int:
+        """How many latents are dead."""
+        return int((self.rows_since_fired >= self.after_rows).sum())
+
+    def taking_turns(self, step: int, *, at_most: int) -> Int[Tensor, "dead"]:
+        """Up to `at_most` dead latents, another stretch of them at every step."""
+        dead = self.ids
+        if dead.shape[0] <= at_most:
+            return dead
+        return dead.roll(-(step * at_most) % dead.shape[0])[:at_most].sort().values
