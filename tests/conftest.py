@@ -8,7 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-install_import_hook("crosscoder", "beartype.beartype")
+install_import_hook("crosscoder", "typechecks.checked")
 
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402

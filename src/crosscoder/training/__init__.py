@@ -1,0 +1,1 @@
+"""Training: configuration, losses, schedules, dead latents, the loop, checkpoints and sinks."""
