@@ -1,7 +1,7 @@
 """The configuration of a run: `run.yaml` and `RunConfig` are the same object.
 
-Everything but models, sources, text and size has a default. `None` means "derive"; `RunConfig.resolved` derives, and the
-resolved file is what a run directory keeps. Reading, overriding and explaining problems: `training/runfile.py`.
+Everything but models, sources, text and size has a default. `None` means "derive": `RunConfig.resolved` derives, and a
+run directory keeps the resolved file. Reading, overriding and explaining problems: `training/runfile.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from crosscoder.capture.models import ModelConfig
+from crosscoder.capture import ModelConfig
 from crosscoder.capture.text import TextConfig
 from crosscoder.nonlinearities import BatchTopK, Nonlinearity, ReLU, TopK
 from crosscoder.sources import SourceSet, split_key
@@ -40,21 +40,27 @@ class Settings(BaseModel):
 class LiveActivations(Settings):
     """Activations computed while training, held in a buffer that is shuffled and refilled."""
 
-    kind: Literal["live"] = Field("live", description="Activations are computed while training.")
-    buffer_gb: float = Field(2.0, gt=0, description="Memory for the buffer of activations, in units of 1e9 bytes.")
-    passes: Count = Field(1, description="How often each fill of the buffer is served, shuffled anew every time.")
+    kind: Literal["live"] = Field(default="live", description="Activations are computed while training.")
+    buffer_gb: float = Field(
+        default=2.0, gt=0, description="Memory for the buffer of activations, in units of 1e9 bytes."
+    )
+    passes: Count = Field(
+        default=1, description="How often each fill of the buffer is served, shuffled anew every time."
+    )
 
 
 class NormaliserConfig(Settings):
     """How mean and scale of every source are fitted, once, before the first step."""
 
-    num_tokens: Count = Field(1_000_000, description="Training rows that the mean and scale of each source come from.")
+    num_tokens: Count = Field(
+        default=1_000_000, description="Training rows that the mean and scale of each source come from."
+    )
 
 
 class AcausalConfig(Settings):
     """Every latent reads and writes every source."""
 
-    kind: Literal["acausal"] = Field("acausal", description="Every latent reads and writes every source.")
+    kind: Literal["acausal"] = Field(default="acausal", description="Every latent reads and writes every source.")
     num_latents: Count = Field(description="Number of latents.")
 
     def build(self, sources: SourceSet) -> Wiring:
@@ -65,9 +71,11 @@ class AcausalConfig(Settings):
 class SaeConfig(Settings):
     """A sparse autoencoder of one source."""
 
-    kind: Literal["sae"] = Field("sae", description="A sparse autoencoder of one source.")
+    kind: Literal["sae"] = Field(default="sae", description="A sparse autoencoder of one source.")
     num_latents: Count = Field(description="Number of latents.")
-    source: str | None = Field(None, description="The source it reads and writes; null: the only one of the run.")
+    source: str | None = Field(
+        default=None, description="The source it reads and writes; null: the only one of the run."
+    )
 
     def build(self, sources: SourceSet) -> Wiring:
         """The wiring over the one source."""
@@ -77,8 +85,10 @@ class SaeConfig(Settings):
 class BatchTopKConfig(Settings):
     """BatchTopK: k active latents per row on average over a batch, a calibrated threshold at inference."""
 
-    kind: Literal["batch_topk"] = Field("batch_topk", description="Keep k latents per row, on average over a batch.")
-    k: Count = Field(32, description="Active latents per row.")
+    kind: Literal["batch_topk"] = Field(
+        default="batch_topk", description="Keep k latents per row, on average over a batch."
+    )
+    k: Count = Field(default=32, description="Active latents per row.")
 
     def build(self) -> Nonlinearity:
         """The nonlinearity that this describes."""
@@ -88,8 +98,8 @@ class BatchTopKConfig(Settings):
 class TopKConfig(Settings):
     """TopK: exactly k active latents in every row, fewer where fewer are positive."""
 
-    kind: Literal["topk"] = Field("topk", description="Keep k latents in every row.")
-    k: Count = Field(32, description="Active latents per row.")
+    kind: Literal["topk"] = Field(default="topk", description="Keep k latents in every row.")
+    k: Count = Field(default=32, description="Active latents per row.")
 
     def build(self) -> Nonlinearity:
         """The nonlinearity that this describes."""
@@ -99,7 +109,9 @@ class TopKConfig(Settings):
 class ReLUConfig(Settings):
     """ReLU: sparsity comes from a penalty, so `sparsity.kind` has to be one."""
 
-    kind: Literal["relu"] = Field("relu", description="Keep what is positive; the sparsity penalty does the rest.")
+    kind: Literal["relu"] = Field(
+        default="relu", description="Keep what is positive; the sparsity penalty does the rest."
+    )
 
     def build(self) -> Nonlinearity:
         """The nonlinearity that this describes."""
@@ -109,27 +121,30 @@ class ReLUConfig(Settings):
 class NoSparsity(Settings):
     """No penalty: the nonlinearity alone makes codes sparse."""
 
-    kind: Literal["none"] = Field("none", description="No penalty on the code.")
+    kind: Literal["none"] = Field(default="none", description="No penalty on the code.")
 
 
 class L1Sparsity(Settings):
     """`coefficient · Σ_i f_i · n_i`, where n_i is the code norm of latent i."""
 
-    kind: Literal["l1"] = Field("l1", description="The values of active latents, times their decoder norms.")
+    kind: Literal["l1"] = Field(default="l1", description="The values of active latents, times their decoder norms.")
     coefficient: float = Field(gt=0, description="Weight of the penalty in the loss.")
-    code_norm: Literal["sum"] = Field("sum", description="sum: the norms over written sources, added up.")
-    warmup_fraction: Fraction = Field(0.05, description="Part of the run in which the coefficient rises from zero.")
+    code_norm: Literal["sum"] = Field(default="sum", description="sum: the norms over written sources, added up.")
+    warmup_fraction: Fraction = Field(
+        default=0.05, description="Part of the run in which the coefficient rises from zero."
+    )
 
 
 class AuxConfig(Settings):
     """AuxK: latents that no longer fire reconstruct what the others left over."""
 
-    coefficient: float = Field(0.03125, ge=0, description="Weight of the auxiliary loss; 0 switches it off.")
+    coefficient: float = Field(default=0.03125, ge=0, description="Weight of the auxiliary loss; 0 switches it off.")
     max_latents: Count | None = Field(
-        None, description="Dead latents used per row, at most; null: half the mean width of the written sources."
+        default=None,
+        description="Dead latents used per row, at most; null: half the mean width of the written sources.",
     )
     dead_after_tokens: Count | None = Field(
-        None,
+        default=None,
         description="Rows without firing that make a latent dead; null: 10 million or 5 % of the run, the smaller.",
     )
 
@@ -137,39 +152,55 @@ class AuxConfig(Settings):
 class LossesConfig(Settings):
     """What is added to the reconstruction loss."""
 
-    aux: AuxConfig = Field(default_factory=AuxConfig, description="The loss that brings dead latents back.")
+    aux: AuxConfig = Field(default=AuxConfig(), description="The loss that brings dead latents back.")
 
 
 class InitConfig(Settings):
     """Initial weights."""
 
-    decoder_norm: float = Field(0.3, gt=0, description="Norm of each source's decoder row, in normalised space.")
+    decoder_norm: float = Field(
+        default=0.3, gt=0, description="Norm of each source's decoder row, in normalised space."
+    )
     across_sources: Literal["same", "independent"] = Field(
-        "same", description="Whether a latent starts with the same direction at every source."
+        default="same", description="Whether a latent starts with the same direction at every source."
     )
 
 
 class TrainConfig(Settings):
     """Length, step size and rhythm of a training run."""
 
-    num_tokens: Count = Field(100_000_000, description="Rows to train on.")
-    batch_size: Count = Field(4096, description="Rows per step.")
-    learning_rate: float = Field(1e-4, gt=0, description="Adam's step size after warm-up.")
+    num_tokens: Count = Field(default=100_000_000, description="Rows to train on.")
+    batch_size: Count = Field(default=4096, description="Rows per step.")
+    learning_rate: float = Field(default=1e-4, gt=0, description="Adam's step size after warm-up.")
     warmup_steps: Count | None = Field(
-        None, description="Steps in which the learning rate rises from zero; null: 5 % of the run, 1,000 at most."
+        default=None,
+        description="Steps in which the learning rate rises from zero; null: 5 % of the run, 1,000 at most.",
     )
     decay_fraction: Fraction = Field(
-        0.2, description="Last part of the run, in which the learning rate falls linearly to zero."
+        default=0.2, description="Last part of the run, in which the learning rate falls linearly to zero."
     )
-    gradient_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient; a longer one is scaled down.")
-    k_start: Count | None = Field(None, description="k at the first step, where k is annealed; null: the final k.")
-    k_anneal_fraction: Fraction = Field(0.0, description="First part of the run, in which k goes from k_start to k.")
+    gradient_clip: float = Field(
+        default=1.0, gt=0, description="Largest norm of the gradient; a longer one is scaled down."
+    )
+    k_start: Count | None = Field(
+        default=None, description="k at the first step, where k is annealed; null: the final k."
+    )
+    k_anneal_fraction: Fraction = Field(
+        default=0.0, description="First part of the run, in which k goes from k_start to k."
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Arithmetic of the large products; auto: bfloat16 where the device has it in hardware."
+        default="auto",
+        description="Arithmetic of the large products; auto: bfloat16 where the device has it in hardware.",
     )
-    checkpoint_every: Count | None = Field(None, description="Steps between checkpoints; null: a tenth of the run.")
-    evaluate_every: Count | None = Field(None, description="Steps between validations; null: a tenth of the run.")
-    log_every: Count | None = Field(None, description="Steps between records of metrics; null: 1/500 of the run.")
+    checkpoint_every: Count | None = Field(
+        default=None, description="Steps between checkpoints; null: a tenth of the run."
+    )
+    evaluate_every: Count | None = Field(
+        default=None, description="Steps between validations; null: a tenth of the run."
+    )
+    log_every: Count | None = Field(
+        default=None, description="Steps between records of metrics; null: 1/500 of the run."
+    )
 
     @property
     def num_steps(self) -> int:
@@ -200,22 +231,24 @@ class RunConfig(Settings):
     `RunConfig.load("run.yaml", overrides=["train.learning_rate=3e-4"])` reads a file; `dump` writes one.
     """
 
-    format: Literal["crosscoder.run/1"] = Field(FORMAT, description="What this file is, and its version.")
-    seed: int = Field(0, ge=0, description="The one seed: initial weights, order of data and split derive from it.")
+    format: Literal["crosscoder.run/1"] = Field(default=FORMAT, description="What this file is, and its version.")
+    seed: int = Field(
+        default=0, ge=0, description="The one seed: initial weights, order of data and split derive from it."
+    )
     models: dict[str, ModelConfig] = Field(min_length=1, description="The models under study, by short alias.")
     sources: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         min_length=1, description="Places to read and write, each as alias/site."
     )
     text: TextConfig = Field(description="The text that the models read.")
-    activations: LiveActivations = Field(default_factory=LiveActivations, description="Where activations come from.")
-    normaliser: NormaliserConfig = Field(default_factory=NormaliserConfig, description="How sources are normalised.")
+    activations: LiveActivations = Field(default=LiveActivations(), description="Where activations come from.")
+    normaliser: NormaliserConfig = Field(default=NormaliserConfig(), description="How sources are normalised.")
     wiring: WiringConfig = Field(description="Which latents read and write which sources.")
-    nonlinearity: NonlinearityConfig = Field(default_factory=BatchTopKConfig, description="Which latents stay on.")
-    sparsity: SparsityConfig = Field(default_factory=NoSparsity, description="The penalty on the code.")
-    losses: LossesConfig = Field(default_factory=LossesConfig, description="Further terms of the loss.")
-    init: InitConfig = Field(default_factory=InitConfig, description="Initial weights.")
-    train: TrainConfig = Field(default_factory=TrainConfig, description="Length, step size and rhythm.")
-    out: str | None = Field(None, description="The run directory; null: runs/ and the run file's name.")
+    nonlinearity: NonlinearityConfig = Field(default=BatchTopKConfig(), description="Which latents stay on.")
+    sparsity: SparsityConfig = Field(default=NoSparsity(), description="The penalty on the code.")
+    losses: LossesConfig = Field(default=LossesConfig(), description="Further terms of the loss.")
+    init: InitConfig = Field(default=InitConfig(), description="Initial weights.")
+    train: TrainConfig = Field(default=TrainConfig(), description="Length, step size and rhythm.")
+    out: str | None = Field(default=None, description="The run directory; null: runs/ and the run file's name.")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
