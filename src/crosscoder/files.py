@@ -57,7 +57,7 @@ def explaining_full_disk(path: Path) -> Iterator[None]:
         raise DiskFull(
             f"no room to write {path}.",
             details=[f"free on that disk: {free / 1e9:.2f} GB", f"the system said: {error}"],
-            hint="Free some space, lift the file-size limit, or choose another directory. Nothing half-written was left.",
+            hint="Free some space, lift the file-size limit, or choose another directory. Nothing half-written stays.",
         ) from error
 
 

@@ -4,9 +4,9 @@ With pre-activations `p` (rows, latents), gate `g_i` and score `p_i · g_i`:
 
     ReLU          f = max(p, 0)
     TopK(k)       in each row, the k largest positive scores keep f = p, the others are 0
-    BatchTopK(k)  in a batch of B rows, the k·B largest positive scores keep f = p; one row at a time: score > threshold
+    BatchTopK(k)  in a batch of B rows, the k·B largest positive scores keep f = p; row by row: score > threshold
 
-Sources: Makhzani & Frey 2013 and Gao et al. 2024 (TopK); Bussmann et al. 2024 (BatchTopK); the selection on decoder-norm
+Sources: Makhzani & Frey 2013 and Gao et al. 2024 (TopK); Bussmann et al. 2024 (BatchTopK); selection on decoder-norm
 scores is Minder et al. 2025, section 3. Fewer than k positive scores keep fewer: nothing negative or zero is ever kept.
 """
 

@@ -1,0 +1,198 @@
+"""The trainer: one update on packed raw activations, and the loop around it.
+
+    L = Σ_{s written} w_s ‖x̃_s − x̂̃_s‖² + λ(t) · sparsity + α · AuxK          (mean over rows; see losses.py)
+
+Adam (β = 0.9, 0.999) on the gradient clipped to a norm. After each update the gate follows the decoder norms, the
+threshold follows the batch's lowest kept score (moving average over about ten batches), and the dead are counted.
+Nothing here draws random numbers: weights and stream decide every step, so a resumed run repeats the one it resumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from crosscoder.activations import ActivationSource, Batch
+from crosscoder.codes import SparseCode
+from crosscoder.crosscoder import Crosscoder
+from crosscoder.errors import NonFiniteActivations, TrainingDiverged
+from crosscoder.nonlinearities import BatchTopK, active_per_row
+from crosscoder.training import losses, schedules
+from crosscoder.training.config import L1Sparsity, LossesConfig, NoSparsity, TrainConfig
+from crosscoder.training.dead import DeadLatents
+
+THRESHOLD_MEMORY = 0.9
+AUX_ROWS = 4
+"""AuxK uses every fourth row, and at most AUX_CANDIDATES dead latents a step."""
+AUX_CANDIDATES = 512
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update saw, before it: terms of the loss (means over rows), the code, the gradient's norm."""
+
+    loss: Float[Tensor, ""]
+    source_errors: Float[Tensor, "sources"]
+    sparsity: Float[Tensor, ""]
+    auxiliary: Float[Tensor, ""]
+    gradient_norm: Float[Tensor, ""]
+    code: SparseCode
+
+
+class Hooks(Protocol):
+    """What a run does beside the updates, at its own rhythm."""
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Called after every update."""
+        ...
+
+
+class Trainer:
+    """Trains one crosscoder; `step` is one full update, `run` the loop."""
+
+    def __init__(
+        self,
+        crosscoder: Crosscoder,
+        config: TrainConfig,
+        *,
+        sparsity: NoSparsity | L1Sparsity | None = None,
+        losses: LossesConfig | None = None,
+        source_weights: Sequence[float] | None = None,
+    ) -> None:
+        self.crosscoder = crosscoder
+        self.config = config.resolved(k=active_per_row(crosscoder.nonlinearity))
+        self.sparsity = sparsity or NoSparsity()
+        self.aux = (losses or LossesConfig()).aux
+        self.optimiser = torch.optim.Adam(crosscoder.parameters(), lr=config.learning_rate, fused=True)
+        self.step_number = 0
+        after = self.aux.dead_after_tokens or min(10_000_000, max(1, config.num_tokens // 20))
+        self.dead = DeadLatents(crosscoder.num_latents, after_rows=after).to(crosscoder.bias.device)
+        self._weights = crosscoder.bias.new_tensor(source_weights or [1.0] * len(crosscoder.writes))
+        self._columns = {
+            side: torch.tensor(crosscoder.sources.columns(keys), device=crosscoder.bias.device)
+            for side, keys in (("reads", crosscoder.reads.keys), ("writes", crosscoder.writes.keys))
+        }
+
+    @property
+    def num_steps(self) -> int:
+        """Updates in the whole run."""
+        return self.config.num_steps
+
+    @property
+    def k(self) -> int | None:
+        """Active latents per row at this step, where the nonlinearity fixes them."""
+        k = active_per_row(self.crosscoder.nonlinearity)
+        steps = round(self.config.k_anneal_fraction * self.num_steps)
+        return k and schedules.annealed_k(self.step_number, k=k, start=self.config.k_start, num_steps=steps)
+
+    @property
+    def learning_rate(self) -> float:
+        """Adam's step size at this step."""
+        factor = schedules.learning_rate_factor(
+            self.step_number,
+            num_steps=self.num_steps,
+            warmup_steps=self.config.warmup_steps or 0,
+            decay_steps=round(self.config.decay_fraction * self.num_steps),
+        )
+        return factor * self.config.learning_rate
+
+    @property
+    def sparsity_coefficient(self) -> float:
+        """`λ` at this step."""
+        if isinstance(self.sparsity, NoSparsity):
+            return 0.0
+        steps = round(self.sparsity.warmup_fraction * self.num_steps)
+        return self.sparsity.coefficient * schedules.ramp(self.step_number, num_steps=steps)
+
+    def run(self, source: ActivationSource, hooks: Sequence[Hooks] = ()) -> None:
+        """Draw batches and update until the configured number of steps is reached."""
+        for batch in self._draw(source):
+            result = self.step(batch.x)
+            self.check(result)
+            for hook in hooks:
+                hook.after_step(self, result)
+
+    def step(self, x: Float[Tensor, "rows width"]) -> StepResult:
+        """One update on raw activations packed over all sources of the crosscoder."""
+        self.crosscoder.train()
+        normalised = self.crosscoder.normalise(x.to(self.crosscoder.bias.device, self.crosscoder.bias.dtype))
+        reads, writes = (normalised.index_select(1, self._columns[side]) for side in ("reads", "writes"))
+        code = self.crosscoder.encode_normalised(reads, k=self.k)
+        error = writes - self.crosscoder.decode_normalised(code)
+        terms = self._terms(code, reads, error)
+        total = (self._weights * terms[0]).sum() + sum(terms[1:])
+        total.backward()
+        gradient_norm = self._update()
+        self._follow(code)
+        self.step_number += 1
+        return StepResult(total.detach(), *(term.detach() for term in terms), gradient_norm, code.detach())
+
+    def check(self, result: StepResult) -> None:
+        """Raises TrainingDiverged unless the loss is finite and smaller than four times that of predicting zero."""
+        loss = float(result.loss)
+        limit = 4.0 * sum(self.crosscoder.writes.widths) + 4.0 * float(result.sparsity)
+        if not loss < limit:  # NaN compares false
+            raise TrainingDiverged(
+                f"the loss is {loss:.4g} at step {self.step_number}; predicting zero would give about {limit / 4:.4g}.",
+                details=[
+                    f"learning rate  {self.learning_rate:.3g}",
+                    f"gradient norm  {float(result.gradient_norm):.3g}",
+                ],
+                hint="Continue from the last checkpoint with a lower train.learning_rate, or less sparsity.",
+            )
+
+    def _draw(self, source: ActivationSource) -> Iterator[Batch]:
+        batches = source.batches(self.config.batch_size)
+        while self.step_number < self.num_steps:
+            batch = next(batches)
+            if not bool(torch.isfinite(batch.x).all()):
+                raise NonFiniteActivations(
+                    f"the activations of step {self.step_number} hold NaN or infinity.",
+                    details=_broken(self.crosscoder, batch.x),
+                    hint="Load the model in float32 or bfloat16, and look at the text of that batch.",
+                )
+            yield batch
+
+    def _terms(self, code: SparseCode, reads: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        zero = error.new_zeros(())
+        penalty = self.sparsity_coefficient
+        sparsity = penalty * losses.l1_of_norms(code, self.crosscoder) if penalty else zero
+        dead = self.dead.taking_turns(self.step_number, at_most=AUX_CANDIDATES) if self.aux.coefficient else None
+        auxiliary = zero
+        if dead is not None and dead.numel():
+            rows = slice(self.step_number % AUX_ROWS, None, AUX_ROWS)
+            k_aux = self.aux.max_latents or max(1, error.shape[1] // len(self.crosscoder.writes) // 2)
+            raw = losses.auxiliary(self.crosscoder, reads[rows], error[rows], dead=dead, k_aux=k_aux)
+            auxiliary = self.aux.coefficient * raw
+        return losses.source_errors(error, self.crosscoder.writes.widths), sparsity, auxiliary
+
+    def _update(self) -> Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(self.crosscoder.parameters(), self.config.gradient_clip, foreach=True)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.learning_rate
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.crosscoder.refresh_gate()
+        return norm
+
+    @torch.no_grad()
+    def _follow(self, code: SparseCode) -> None:
+        """Let dead counts and the inference threshold follow what this batch kept."""
+        self.dead.update(code)
+        if not isinstance(self.crosscoder.nonlinearity, BatchTopK) or not code.num_active:
+            return
+        lowest = (code.values * self.crosscoder.gate[code.latents]).min()
+        for weights in self.crosscoder.weights:
+            old = torch.where(weights.threshold.isnan(), lowest, weights.threshold)
+            weights.threshold.copy_(THRESHOLD_MEMORY * old + (1 - THRESHOLD_MEMORY) * lowest)
+
+
+def _broken(crosscoder: Crosscoder, x: Tensor) -> list[str]:
+    parts = crosscoder.sources.unpack(x)
+    counts = {key: int((~torch.isfinite(part)).any(1).sum()) for key, part in parts.items()}
+    return [f"{key}  {count} of {x.shape[0]} rows" for key, count in counts.items() if count]
