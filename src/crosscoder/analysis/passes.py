@@ -1,0 +1,83 @@
+"""One pass over activations that serves everyone who wants to see the codes.
+
+An observer gets every batch with its code; what it keeps is bounded and its own. Rows arrive in the order of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from crosscoder.activations import ActivationSource, Batch
+from crosscoder.codes import SparseCode
+from crosscoder.crosscoder import Crosscoder
+from crosscoder.errors import SourceMismatch, TextError
+from crosscoder.training.validation import ReconstructionStatistics
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with what is being done, how much is done, and of how much (None when that is unknown)."""
+
+
+class Observer(Protocol):
+    """Anything that watches a pass."""
+
+    def update(self, batch: Batch, code: SparseCode) -> None:
+        """See the rows of one batch, packed over the activations' sources, and their code."""
+        ...
+
+
+def silent(description: str, done: int, total: int | None) -> None:
+    """The progress callback that shows nothing."""
+
+
+@contextmanager
+def evaluating(crosscoder: Crosscoder) -> Iterator[None]:
+    """Eval mode inside the block, and the mode found after it."""
+    was_training = crosscoder.training
+    crosscoder.eval()
+    try:
+        yield
+    finally:
+        crosscoder.train(was_training)
+
+
+def watch(
+    crosscoder: Crosscoder,
+    activations: ActivationSource,
+    observers: Sequence[Observer] = (),
+    *,
+    num_rows: int | None = None,
+    progress: Progress = silent,
+) -> ReconstructionStatistics:
+    """Encode and decode all of `activations.contexts()` in eval mode, for the observers and the returned statistics.
+
+    `num_rows` is only what progress is shown against.
+    """
+    check_sources(crosscoder, activations)
+    statistics = ReconstructionStatistics(crosscoder)
+    with evaluating(crosscoder):
+        for batch in activations.contexts():
+            code = statistics.update(batch.x.to(crosscoder.mean.device))
+            for observer in observers:
+                observer.update(batch, code)
+            progress("reading activations", statistics.num_rows, num_rows)
+    if statistics.num_rows == 0:
+        raise TextError(
+            "expected activations to evaluate on; not one row came.",
+            hint="Give a larger held-out set: text.held_out in the run file.",
+        )
+    return statistics
+
+
+def check_sources(crosscoder: Crosscoder, activations: ActivationSource) -> None:
+    """Raises SourceMismatch unless rows of `activations` are packed as the crosscoder's sources are."""
+    if activations.sources != crosscoder.sources:
+        raise SourceMismatch(
+            "these activations are not of the crosscoder's sources, in its order.",
+            details=[
+                *(f"crosscoder   {line}" for line in crosscoder.sources.describe()),
+                *(f"activations  {line}" for line in activations.sources.describe()),
+            ],
+            hint="Open the activations with sources=crosscoder.sources.",
+        )

@@ -1,0 +1,59 @@
+"""What every latent does on the analysis set, whichever pair of sources is compared later.
+
+    density = share of rows on which it is active      mean_value, max_value: over the rows on which it is active
+    density_<role> = share of that role's rows          all values are raw f, before any decoder norm
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from crosscoder.activations import ROLES, Batch
+from crosscoder.codes import SparseCode
+from crosscoder.crosscoder import Crosscoder
+
+
+class LatentStatistics:
+    """Running counts, sums and maxima of every latent's values; an observer of a pass."""
+
+    def __init__(self, num_latents: int) -> None:
+        self.num_latents = num_latents
+        self.num_rows = torch.zeros(len(ROLES), dtype=torch.int64)
+        self._counts = torch.zeros(len(ROLES), num_latents, dtype=torch.int64)
+        self._sum = torch.zeros(num_latents, dtype=torch.float64)
+        self._max = torch.zeros(num_latents, dtype=torch.float64)
+
+    @torch.no_grad()
+    def update(self, batch: Batch, code: SparseCode) -> None:
+        """Add the rows of one batch."""
+        latents, values = code.latents.cpu(), code.values.double().cpu()
+        role = torch.zeros(code.num_rows, dtype=torch.int64) if batch.rows is None else batch.rows.role.long().cpu()
+        cell = role[code.row_ids.cpu()] * self.num_latents + latents
+        self.num_rows += torch.bincount(role, minlength=len(ROLES))
+        self._counts += torch.bincount(cell, minlength=self._counts.numel()).view_as(self._counts)
+        self._sum.index_add_(0, latents, values)
+        self._max.scatter_reduce_(0, latents, values, "amax")
+
+    @property
+    def density(self) -> Tensor:
+        """Share of all rows on which each latent is active, (latents,)."""
+        return self._counts.sum(0).double() / self.num_rows.sum().clamp(min=1)
+
+    def table(self, crosscoder: Crosscoder) -> pa.Table:
+        """One row per latent: densities, values, and decoder norms at every written source in both spaces."""
+        counts = self._counts.sum(0)
+        columns: dict[str, Tensor] = {
+            "density": self.density,
+            "mean_value": self._sum / counts.clamp(min=1),
+            "max_value": self._max,
+        }
+        for name, rows, active in zip(ROLES, self.num_rows, self._counts, strict=True):
+            columns[f"density_{name}"] = active.double() / rows.clamp(min=1)
+        for space in ("normalised", "raw"):
+            norms = crosscoder.decoder_norms(space).detach().cpu()
+            columns |= {f"norm_{space}/{key}": norms[:, i] for i, key in enumerate(crosscoder.writes.keys)}
+        arrays = {name: pa.array(column.float().numpy()) for name, column in columns.items()}
+        latent, dead = pa.array(range(self.num_latents), pa.int32()), pa.array((counts == 0).numpy())
+        return pa.table({"latent": latent, "dead": dead, "num_active": pa.array(counts.numpy())} | arrays)
