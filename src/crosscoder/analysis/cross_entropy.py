@@ -1,0 +1,189 @@
+"""Cross-entropy recovered: how much of a model's next-token prediction survives the reconstruction.
+
+With one source at a time replaced in the running model, and CE the mean over next tokens,
+
+    ce_recovered[s] = (CE_ablated − CE_spliced) / (CE_ablated − CE_clean)
+
+spliced: `x_s := x̂_s`, encoded from the clean activations of all sources that are read, at the same tokens;
+ablated: `x_s := 0`, or the mean of that source's training rows. Every position is replaced that would become a row; the
+others (bos, whatever the run drops) keep their clean activation under splicing and ablation alike, since no crosscoder
+was trained on them. All next tokens of a context count, also those predicted from a position that was kept clean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from crosscoder.analysis.passes import Progress, silent
+from crosscoder.capture.analysis_set import AnalysisSet
+from crosscoder.capture.models import StudiedModel
+from crosscoder.crosscoder import Crosscoder
+from crosscoder.errors import SourceMismatch, TextError, WiringError
+
+_CHUNK = 256
+"""Positions whose logits are turned into losses at once: bounds the memory beside the logits themselves."""
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Mean next-token cross-entropy (nats) with one source clean, spliced, zeroed and set to its mean."""
+
+    clean: float
+    spliced: float
+    zero_ablated: float
+    mean_ablated: float
+    num_tokens: int
+
+    @property
+    def recovered(self) -> float:
+        """Against zero ablation."""
+        return (self.zero_ablated - self.spliced) / (self.zero_ablated - self.clean)
+
+    @property
+    def recovered_mean(self) -> float:
+        """Against mean ablation."""
+        return (self.mean_ablated - self.spliced) / (self.mean_ablated - self.clean)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Some contexts side by side, padded on the right: ids, which are tokens, and which positions become rows."""
+
+    ids: Int[Tensor, "contexts positions"]
+    mask: Int[Tensor, "contexts positions"]
+    kept: Bool[Tensor, "contexts positions"]
+
+
+def cross_entropies(
+    crosscoder: Crosscoder,
+    models: Mapping[str, StudiedModel],
+    text: AnalysisSet,
+    *,
+    num_tokens: int = 20_000,
+    batch_tokens: int = 2048,
+    progress: Progress = silent,
+) -> dict[str, CrossEntropy]:
+    """The cross-entropies of every written source, over about `num_tokens` tokens of `text`.
+
+    `models` maps the alias of every source's model to it; contexts are a fixed sample of the set.
+    """
+    _check(crosscoder, models)
+    batches = token_batches(text, num_tokens=num_tokens, batch_tokens=batch_tokens)
+    sums = {key: torch.zeros(4, dtype=torch.float64) for key in crosscoder.writes.keys}
+    count = 0
+    for done, batch in enumerate(batches):
+        progress("splicing into the models", done, len(batches))
+        for key, losses in _losses(crosscoder, models, batch).items():
+            sums[key] += torch.tensor(losses, dtype=torch.float64)
+        count += int(batch.mask[:, 1:].sum())
+    progress("splicing into the models", len(batches), len(batches))
+    return {key: CrossEntropy(*(total / count).tolist(), num_tokens=count) for key, total in sums.items()}
+
+
+def token_batches(text: AnalysisSet, *, num_tokens: int, batch_tokens: int) -> list[TokenBatch]:
+    """A fixed random sample of contexts with about `num_tokens` tokens, sorted by length, `batch_tokens` to a batch."""
+    lengths = text.pointers.diff()
+    order = torch.randperm(text.num_contexts, generator=torch.Generator().manual_seed(0))
+    order = order[lengths[order] > 1]
+    if not len(order):
+        raise TextError("expected contexts of at least two tokens for cross-entropy; there is none.")
+    enough = int((lengths[order].cumsum(0) < num_tokens).sum()) + 1
+    chosen = order[:enough]
+    chosen = chosen[lengths[chosen].argsort(stable=True)].tolist()
+    return [_token_batch(text, part) for part in _fitting(chosen, lengths.tolist(), batch_tokens)]
+
+
+def _fitting(contexts: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Stretches of contexts (ascending in length) that fit into `batch_tokens` when padded; at least one each."""
+    part: list[int] = []
+    for context in contexts:
+        if part and lengths[context] * (len(part) + 1) > batch_tokens:
+            yield part
+            part = []
+        part.append(context)
+    yield part
+
+
+def _token_batch(text: AnalysisSet, contexts: Sequence[int]) -> TokenBatch:
+    parts = [slice(*text.pointers[c : c + 2].tolist()) for c in contexts]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return TokenBatch(
+        ids=pad([text.token_ids[p].long() for p in parts], batch_first=True),
+        mask=pad([torch.ones(p.stop - p.start, dtype=torch.int64) for p in parts], batch_first=True),
+        kept=pad([text.kept[p] for p in parts], batch_first=True),
+    )
+
+
+@torch.no_grad()
+def _losses(crosscoder: Crosscoder, models: Mapping[str, StudiedModel], batch: TokenBatch) -> dict[str, list[float]]:
+    """Summed losses of one batch by written source: clean, spliced, zero, mean."""
+    reconstruction = crosscoder.writes.unpack(_reconstruct(crosscoder, models, batch))
+    clean = {alias: _summed_loss(models[alias], batch) for alias in crosscoder.writes.models}
+    losses: dict[str, list[float]] = {}
+    for source in crosscoder.writes:
+        mean = crosscoder.mean[crosscoder.sources.slices[source.key]]
+        rows = [reconstruction[source.key], torch.zeros_like(mean), mean]
+        model = models[source.model]
+        replaced = [_summed_loss(model, batch, source.site, row) for row in rows]
+        losses[source.key] = [clean[source.model], *replaced]
+    return losses
+
+
+def _reconstruct(
+    crosscoder: Crosscoder, models: Mapping[str, StudiedModel], batch: TokenBatch
+) -> Float[Tensor, "rows writes"]:
+    """`x̂` of the rows that are kept, from the clean activations of every source that is read."""
+    device, kept = crosscoder.mean.device, batch.kept
+    read: dict[str, Tensor] = {}
+    for alias in crosscoder.reads.models:
+        sites = [source.site for source in crosscoder.reads if source.model == alias]
+        found = models[alias].read(sites, batch.ids, attention_mask=batch.mask)
+        read |= {f"{alias}/{site}": x[kept.to(x.device)].to(crosscoder.mean) for site, x in found.items()}
+    return crosscoder(crosscoder.reads.pack(read).to(device))
+
+
+def _summed_loss(model: StudiedModel, batch: TokenBatch, site: str | None = None, row: Tensor | None = None) -> float:
+    """The loss of all next tokens, with the kept positions of `site` set to `row` (one for each, or one for all)."""
+    change: Any = nullcontext()
+    if site is not None and row is not None:
+        change = model.replace(site, _writer(row, batch.kept))
+    with change:
+        logits = model.logits(batch.ids, attention_mask=batch.mask)
+    total = 0.0
+    for context, position in zip(*(part.split(_CHUNK) for part in batch.mask[:, 1:].nonzero(as_tuple=True)), strict=True):
+        target = batch.ids[context, position + 1].to(logits.device)
+        predicted = logits[context.to(logits.device), position.to(logits.device)].float()
+        total += float(torch.nn.functional.cross_entropy(predicted, target, reduction="sum"))
+    return total
+
+
+def _writer(row: Tensor, kept: Bool[Tensor, "contexts positions"]) -> Callable[[Tensor, Tensor], Tensor]:
+    def write(x: Tensor, position_ids: Tensor) -> Tensor:
+        new = x.clone()
+        new[kept.to(x.device)] = row.to(x.device, x.dtype)
+        return new
+
+    return write
+
+
+def _check(crosscoder: Crosscoder, models: Mapping[str, StudiedModel]) -> None:
+    missing = [alias for alias in crosscoder.sources.models if alias not in models]
+    if missing:
+        raise SourceMismatch(
+            f"cross-entropy needs the models {', '.join(crosscoder.sources.models)}; {', '.join(missing)} did not come.",
+            hint="Give models={alias: StudiedModel} for every one, or none to leave cross-entropy out.",
+        )
+    unread = [key for key in crosscoder.writes.keys if key not in crosscoder.reads]
+    if unread:
+        raise WiringError(
+            "cross-entropy is defined here for sources that are read as well as written.",
+            details=[f"written, not read  {key}" for key in unread],
+            hint="Evaluate without models to leave cross-entropy out.",
+        )
