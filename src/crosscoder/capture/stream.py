@@ -1,0 +1,228 @@
+"""The live stream: activations computed from text as they are needed, shuffled through a buffer that really refills.
+
+    fill:   read contexts until the next might not fit, run the models on them, keep their rows
+    serve:  `passes` times, a fresh permutation of all rows of the fill
+    then    the next fill, from where the text was left
+
+A batch may end one fill and begin the next, so every row of a fill is served exactly `passes` times. The place in the
+stream is (the text's place at the start of the fill, the fill's number, rows served) and belongs to the last batch that was
+delivered; permutations depend on (seed, fill, pass) alone, so resuming replays at most one fill and gives the same batches.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from xxhash import xxh3_64_intdigest
+
+from crosscoder.activations import Batch, Rows, State
+from crosscoder.capture.analysis_set import AnalysisSet
+from crosscoder.capture.buffer import RowBuffer, bytes_per_row
+from crosscoder.capture.corpus import Corpus
+from crosscoder.capture.harvest import Harvest, storage_dtype
+from crosscoder.capture.models import StudiedModel
+from crosscoder.capture.readers import ContextReader, reader_of
+from crosscoder.capture.vocabularies import check_vocabularies
+from crosscoder.errors import ConfigError, RunConflict, TextError
+from crosscoder.sources import SourceSet
+
+_log = logging.getLogger(__name__)
+
+_POOL = 64
+"""Contexts are sorted by length among this many forward batches."""
+_BARREN = 1000
+"""So many contexts without a single row are an error."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The text's place at the start of a fill, the fill's number, and how many of its rows were served."""
+
+    text: State
+    fill: int = 0
+    served: int = 0
+
+
+class ActivationStream:
+    """Packed activations of `sources`, live from `models` reading a corpus or an analysis set.
+
+    >>> stream = ActivationStream({"base": studied}, sources, corpus, buffer_bytes=2**30, seed=0)  # doctest: +SKIP
+    >>> batch = next(stream.batches(4096))                                                         # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, StudiedModel],
+        sources: SourceSet,
+        text: Corpus | AnalysisSet,
+        *,
+        buffer_bytes: int = 2**30,
+        batch_tokens: int = 8192,
+        passes: int = 1,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        used = {alias: models[alias] for alias in sources.models if alias in models}
+        self._harvest = Harvest(models, sources, batch_tokens, dtype or storage_dtype(used))
+        check_vocabularies(used, expected=text.vocabulary)
+        _check_length(used, text)
+        self._text = text
+        self._reader = reader_of(text)
+        self._capacity = self._rows_in(buffer_bytes)
+        self._passes, self._seed = passes, seed
+        self._buffer: RowBuffer | None = None
+        self._order: tuple[int, int, Tensor] | None = None
+        self._place = _Place(self._reader.state_dict())
+
+    @property
+    def sources(self) -> SourceSet:
+        """The sources, in the order in which rows pack them."""
+        return self._harvest.sources
+
+    @property
+    def bytes_per_row(self) -> int:
+        """What one row takes in the buffer."""
+        return bytes_per_row(self.sources.width, self._harvest.dtype)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Shuffled rows, endlessly; goes on from the last batch delivered."""
+        while True:
+            parts: list[Batch] = []
+            missing = batch_size
+            while missing > 0:
+                parts.append(self._take(missing))
+                missing -= len(parts[-1].x)
+            yield _joined(parts)
+
+    def contexts(self) -> Iterator[Batch]:
+        """Rows in text order from the text's beginning, some whole contexts at a time; `batches` is not disturbed."""
+        reader = reader_of(self._text)
+        while pool := reader.pool(self._harvest.batch_tokens):
+            parts = list(self._harvest.rows(pool))
+            if parts:
+                yield _in_text_order(_joined(parts))
+
+    def state_dict(self) -> State:
+        """The place after the last batch that was delivered: JSON values."""
+        return {
+            "settings": self._settings(),
+            "text": self._place.text,
+            "fill": self._place.fill,
+            "served": self._place.served,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go to a place that `state_dict` gave; what was in the buffer there is computed again when it is needed."""
+        if state["settings"] != self._settings():
+            raise RunConflict(
+                "expected the place in a stream with these settings; got one in another.",
+                details=[f"here   {self._settings()}", f"there  {state['settings']}"],
+                hint="Give the stream the settings it had, or start a new run.",
+            )
+        self._place = _Place(state["text"], state["fill"], state["served"])
+        self._forget()
+
+    def _settings(self) -> State:
+        """What, beside the text, decides which rows a fill holds and in which order they are served."""
+        return {
+            "sources": list(self.sources.keys),
+            "rows": self._capacity,
+            "batch_tokens": self._harvest.batch_tokens,
+            "passes": self._passes,
+            "seed": self._seed,
+        }
+
+    def _take(self, most: int) -> Batch:
+        """Up to `most` rows of the current pass over the buffer."""
+        buffer = self._filled()
+        done, start = divmod(self._place.served, buffer.num_rows)
+        chosen = self._permutation(done, buffer.num_rows)[start : start + most]
+        self._place = replace(self._place, served=self._place.served + len(chosen))
+        batch = buffer.take(chosen)
+        if self._place.served == self._passes * buffer.num_rows:
+            self._place = _Place(self._reader.state_dict(), self._place.fill + 1)
+            self._forget()
+        return batch
+
+    def _forget(self) -> None:
+        if self._buffer is not None:
+            self._buffer.clear()
+        self._order = None
+
+    def _filled(self) -> RowBuffer:
+        """The buffer, with the rows of the current fill."""
+        if self._buffer is None:
+            self._buffer = RowBuffer(
+                self._capacity, self.sources.width, dtype=self._harvest.dtype, device=self._harvest.device
+            )
+        if self._buffer.num_rows == 0:
+            if self._reader.state_dict() != self._place.text:
+                self._reader.load_state_dict(self._place.text)
+            self._fill(self._buffer)
+            _log.info("fill %d of the buffer: %d rows", self._place.fill + 1, self._buffer.num_rows)
+        return self._buffer
+
+    def _fill(self, buffer: RowBuffer) -> None:
+        """Whole contexts until the next one might not fit or the analysis set ends."""
+        num_contexts = 0
+        while (room := self._capacity - buffer.num_rows) >= self._text.context_length:
+            pool = self._reader.pool(min(room, _POOL * self._harvest.batch_tokens))
+            for batch in self._harvest.rows(pool):
+                buffer.append(batch)
+            num_contexts += len(pool)
+            if buffer.num_rows == 0 and (not pool or num_contexts > _BARREN):
+                raise TextError(
+                    f"no token of {num_contexts:,} contexts became a row.", hint="Drop fewer tokens in text.drop."
+                )
+            if not pool:
+                return
+
+    def _permutation(self, done: int, num_rows: int) -> Tensor:
+        """The order of pass `done` over the current fill."""
+        if self._order is None or self._order[:2] != (self._place.fill, done):
+            seed = xxh3_64_intdigest(f"rows/{self._seed}/{self._place.fill}/{done}".encode()) >> 1
+            order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
+            self._order = self._place.fill, done, order
+        return self._order[2]
+
+    def _rows_in(self, buffer_bytes: int) -> int:
+        rows = buffer_bytes // self.bytes_per_row
+        if rows < self._text.context_length:
+            raise ConfigError(
+                f"expected a buffer that holds at least one context of {self._text.context_length:,} rows; "
+                f"{buffer_bytes:,} bytes hold {rows:,}.",
+                details=[f"one row takes {self.bytes_per_row:,} bytes"],
+                hint=f"Give it at least {self._text.context_length * self.bytes_per_row:,} bytes, or shorten the contexts.",
+            )
+        return rows
+
+
+def _check_length(models: Mapping[str, StudiedModel], text: Corpus | AnalysisSet) -> None:
+    for alias, studied in models.items():
+        if studied.max_positions is not None and text.context_length > studied.max_positions:
+            raise ConfigError(
+                f"expected contexts of at most {studied.max_positions:,} tokens, for which {alias!r} was made; "
+                f"got {text.context_length:,}.",
+                hint=f"Set text.context_length to {studied.max_positions} or less.",
+            )
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    """Several batches as one, in fp32."""
+    if len(parts) == 1:
+        return Batch(parts[0].x.float(), parts[0].rows)
+    rows = [part.rows for part in parts if part.rows is not None]
+    columns = (torch.cat([getattr(row, name) for row in rows]) for name in ("context", "position", "role"))
+    return Batch(torch.cat([part.x.float() for part in parts]), Rows(*columns))
+
+
+def _in_text_order(batch: Batch) -> Batch:
+    """The same rows by context, then position."""
+    rows = batch.rows
+    assert rows is not None
+    order = torch.argsort(rows.context * (1 + rows.position.max()) + rows.position)
+    return Batch(batch.x[order], Rows(rows.context[order], rows.position[order], rows.role[order].long()))
