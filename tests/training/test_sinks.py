@@ -11,7 +11,7 @@ from rich.console import Console
 
 from crosscoder.errors import DiskFull, FileFormatError, MissingExtra
 from crosscoder.training import sinks
-from crosscoder.training.progress import ProgressSink, duration
+from crosscoder.training.progress import ProgressSink, ProgressView, duration
 from crosscoder.training.sinks import JsonlSink, RunStart, SinkGroup, TrackerSink, read_metrics
 
 
@@ -135,29 +135,41 @@ def test_tensorboard_writes_its_file(tmp_path: Path) -> None:
 def test_plain_progress_shows_rate_numbers_and_time_left(tmp_path: Path) -> None:
     now = [0.0]
     out = io.StringIO()
-    sink = ProgressSink(Console(file=out, width=200), clock=lambda: now[0])
-    sink.open(start_at(tmp_path, step=10))
-    now[0] = 1.0
-    sink.record(11, {"fve": 0.5})
-    now[0] = 10.0
-    sink.record(20, {"l0": 31.62, "dead_fraction": 0.081})
-    now[0] = 11.0
-    sink.record(100, {"fve": 0.9})
-    sink.close()
+    with ProgressView(Console(file=out, width=200), clock=lambda: now[0]) as view:
+        sink = ProgressSink(view)
+        sink.open(start_at(tmp_path, step=10))
+        now[0] = 1.0
+        sink.record(11, {"fve": 0.5})
+        now[0] = 10.0
+        sink.record(20, {"l0": 31.62, "dead_fraction": 0.081})
+        now[0] = 11.0
+        sink.record(100, {"fve": 0.9})
+        sink.close()
     assert out.getvalue().splitlines() == [
-        "train  step 20 of 100  10 rows/s  FVE 0.500  L0 31.6  dead 8.1%  80 s left",
-        "train  step 100 of 100  82 rows/s  FVE 0.900  L0 31.6  dead 8.1%",
+        "training  20 of 100  10 rows/s  FVE 0.500  L0 31.6  dead 8.1%  80 s left",
+        "training  100 of 100  82 rows/s  FVE 0.900  L0 31.6  dead 8.1%",
     ]
 
 
-def test_live_progress_draws_a_bar(tmp_path: Path) -> None:
+def test_live_progress_draws_a_bar_for_each_thing(tmp_path: Path) -> None:
     out = io.StringIO()
-    sink = ProgressSink(Console(file=out, force_terminal=True, width=120))
-    sink.open(start_at(tmp_path))
-    sink.record(50, {"fve": 0.5})
-    sink.close()
-    assert "50%" in out.getvalue()
-    assert "FVE 0.500" in out.getvalue()
+    with ProgressView(Console(file=out, force_terminal=True, width=120)) as view:
+        view("loading", 1, 4)
+        sink = ProgressSink(view)
+        sink.open(start_at(tmp_path))
+        sink.record(50, {"fve": 0.5})
+    for text in ("loading", "25%", "training", "50%", "FVE 0.500"):
+        assert text in out.getvalue()
+
+
+def test_work_without_a_known_end_is_shown_too() -> None:
+    out = io.StringIO()
+    now = [0.0]
+    with ProgressView(Console(file=out, width=80), clock=lambda: now[0]) as view:
+        view("reading", 1, None)
+        now[0] = 6.0
+        view("reading", 1234, None)
+    assert out.getvalue() == "reading  1,234\n"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(4.4, "4 s"), (200, "3 min"), (7500, "2 h 05 min")])

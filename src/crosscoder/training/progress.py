@@ -1,73 +1,103 @@
-"""The progress view of a run: rows per second, FVE, L0, dead latents and the time left.
+"""The progress view: one row for each thing that takes time; of a run, rows per second, FVE, L0, dead and time left.
 
-On a terminal it is one live line; elsewhere it is a plain line about every five seconds.
+On a terminal the rows are live bars; elsewhere each is a plain line, about every five seconds.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from crosscoder.training.sinks import RunStart
 
+Clock = Callable[[], float]
 SHOWN = {"fve": "FVE {:.3f}", "l0": "L0 {:.1f}", "dead_fraction": "dead {:.1%}"}
 SECONDS_BETWEEN_LINES = 5.0
+
+
+class ProgressView:
+    """Bars on a terminal, lines elsewhere; itself the callback that long work takes as `progress`."""
+
+    def __init__(self, console: Console | None = None, *, clock: Clock = time.monotonic) -> None:
+        self.console = console or Console(stderr=True)
+        self.clock = clock
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line: dict[str, float] = {}
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=self.console,
+        )
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self._bars.stop()
+
+    def __call__(self, description: str, done: int, total: int | None) -> None:
+        """Show how far the work called `description` is."""
+        self.show(description, done, total)
+
+    def show(self, description: str, done: int, total: int | None, *, text: str = "") -> None:
+        """The same, with further words beside it."""
+        if self.console.is_terminal:
+            self._show_bar(description, done, total, text)
+            return
+        now = self.clock()
+        if done == total or now - self._last_line.setdefault(description, now) >= SECONDS_BETWEEN_LINES:
+            self._last_line[description] = now
+            part = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+            self.console.print("  ".join(filter(None, [description, part, text])), highlight=False, markup=False)
+
+    def _show_bar(self, description: str, done: int, total: int | None, text: str) -> None:
+        if description not in self._tasks:
+            self._tasks[description] = self._bars.add_task(description, total=total, text="")
+        self._bars.update(self._tasks[description], completed=done, total=total, text=text)
 
 
 class ProgressSink:
     """Shows how far a run is; reads the metrics `fve`, `l0` and `dead_fraction` where they come."""
 
-    def __init__(
-        self, console: Console | None = None, *, label: str = "train", clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._console = console or Console(stderr=True)
+    def __init__(self, view: ProgressView, *, label: str = "training") -> None:
+        self._view = view
         self._label = label
-        self._clock = clock
         self._latest: dict[str, float] = {}
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
 
     def open(self, start: RunStart) -> None:
-        """Start the clock and the bar."""
+        """Start the clock."""
         self._start = start
-        self._began = self._last_line = self._clock()
-        if self._console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[text]}"),
-            )
-            self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task(self._label, total=start.num_steps, completed=start.step, text="")
-            self._bar.start()
+        self._began = self._view.clock()
+        self._latest = {}
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the newest numbers."""
         self._latest.update({name: metrics[name] for name in SHOWN if name in metrics})
-        text = self.describe(step)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, text=text)
-        elif step == self._start.num_steps or self._clock() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = self._clock()
-            self._console.print(f"{self._label}  step {step:,} of {self._start.num_steps:,}  {text}", highlight=False)
+        self._view.show(self._label, step, self._start.num_steps, text=self.describe(step))
 
     def close(self) -> None:
-        """Take the bar down, leaving its last state."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Nothing to close: the view stays as it is."""
 
     def describe(self, step: int) -> str:
         """The numbers in words."""
-        elapsed = max(1e-9, self._clock() - self._began)
+        elapsed = max(1e-9, self._view.clock() - self._began)
         done = step - self._start.step
         parts = [f"{done * self._start.batch_size / elapsed:,.0f} rows/s"]
         parts += [form.format(self._latest[name]) for name, form in SHOWN.items() if name in self._latest]
-        if 0 < step < self._start.num_steps and done > 0:
+        if done > 0 and step < self._start.num_steps:
             parts.append(f"{duration(elapsed / done * (self._start.num_steps - step))} left")
         return "  ".join(parts)
 

@@ -1,0 +1,1 @@
+"""The command line: `crosscoder demo | train | evaluate | diff | doctor`."""

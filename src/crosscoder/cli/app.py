@@ -1,0 +1,127 @@
+"""The verbs and their options. Bodies are imported when a verb runs, so that `--help` is instant."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crosscoder import __version__
+from crosscoder.cli.reporting import one_screen
+
+app = typer.Typer(
+    name="crosscoder",
+    help="Sparse dictionaries over several sources of language models.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+CONTINUES = "The same command goes on from the last checkpoint."
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the run file.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+class Tracker(StrEnum):
+    """Trackers that `--track` knows."""
+
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"crosscoder {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Sparse dictionaries over several sources of language models."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The run directory.")] = Path("runs/demo"),
+    as_json: AsJson = False,
+) -> None:
+    """Train a crosscoder on the two small language models that ship, and tell what fine-tuning changed."""
+    with one_screen(CONTINUES):
+        from crosscoder.cli.demo import run
+
+        run(out, as_json=as_json)
+
+
+@app.command()
+def train(
+    run_file: Annotated[Path | None, typer.Argument(metavar="RUN.yaml", help="The run file.")] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print parameters, memory, rows and disk.")] = False,
+    keys: Annotated[bool, typer.Option("--keys", help="Only list every key of a run file, and what it means.")] = False,
+    track: Annotated[list[Tracker] | None, typer.Option(help="Also send metrics to this tracker.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a crosscoder, or go on where an interrupted run stopped."""
+    with one_screen(CONTINUES):
+        from crosscoder.cli import train as body
+
+        if keys:
+            body.list_keys(as_json=as_json)
+        elif run_file is None:
+            raise typer.BadParameter("expected a run file.", param_hint="RUN.yaml")
+        elif dry_run:
+            body.dry_run(run_file, overrides or [], as_json=as_json)
+        else:
+            body.run(run_file, overrides or [], trackers=[name.value for name in track or []], as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    as_json: AsJson = False,
+) -> None:
+    """Measure a trained crosscoder on the held-out analysis set; writes evaluation.json and the latents' table."""
+    with one_screen("Nothing was half-written; run the command again."):
+        from crosscoder.cli.evaluate import run as body
+
+        body(run, as_json=as_json)
+
+
+@app.command()
+def diff(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    a: Annotated[str | None, typer.Option("--a", help="One source, or the alias of its model.")] = None,
+    b: Annotated[str | None, typer.Option("--b", help="The other one.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="labels.jsonl: spans of text where a behaviour acts.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="The run of an SAE to score beside, with --labels.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what differs between two sources: classes of latents, exemplars, and a report to open in a browser."""
+    with one_screen("Nothing was half-written; run the command again."):
+        from crosscoder.cli.diff import run as body
+
+        body(run, a=a, b=b, labels=labels, baseline=baseline, as_json=as_json)
+
+
+@app.command()
+def doctor(
+    network: Annotated[bool, typer.Option("--network", help="Also ask the model hub for an answer.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what this machine has, what is missing, and the command that mends it."""
+    with one_screen("Nothing was changed."):
+        from crosscoder.cli.doctor import run
+
+        run(network=network, as_json=as_json)
+
+
+def main() -> None:
+    """The entry point of the `crosscoder` command."""
+    app()

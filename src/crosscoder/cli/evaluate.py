@@ -1,0 +1,46 @@
+"""The body of `crosscoder evaluate`, and the table of an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from crosscoder.cli.reporting import print_json, print_table, terminal
+
+if TYPE_CHECKING:
+    from crosscoder.analysis.evaluation import Evaluation
+
+
+def run(path: Path, *, as_json: bool) -> None:
+    """Evaluate a run and print the numbers."""
+    with terminal() as view:
+        from crosscoder import analysis
+
+        evaluation = analysis.evaluate_run(path, progress=view)
+    if as_json:
+        print_json(evaluation.to_json())
+        return
+    print_evaluation(evaluation)
+    typer.echo(f"\nWritten to {path}. Next: crosscoder diff {path}")
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """Reconstruction and cross-entropy, by source."""
+    typer.echo(f"held-out rows {evaluation.num_rows:,}   L0 {evaluation.l0:.1f}   dead {evaluation.dead_fraction:.1%}")
+    rows = [
+        (
+            key,
+            f"{fve:.3f}",
+            _optional(evaluation.ce_recovered.get(key)),
+            _optional(evaluation.ce_recovered_mean.get(key)),
+        )
+        for key, fve in evaluation.fve_per_source.items()
+    ]
+    both = ("all sources", f"{evaluation.fve:.3f}", "", "")
+    print_table(("source", "FVE", "CE recovered (zero)", "CE recovered (mean)"), [*rows, both])
+
+
+def _optional(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

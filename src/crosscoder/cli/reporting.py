@@ -1,0 +1,88 @@
+"""What the command line shows: results on standard output; errors, progress and logs on standard error."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from crosscoder.errors import CrosscoderError
+
+if TYPE_CHECKING:
+    from crosscoder.training.progress import ProgressView
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+@contextmanager
+def one_screen(after_interrupt: str) -> Iterator[None]:
+    """Turns the user's mistakes into one message and exit code 2, and Ctrl-C into `after_interrupt` and 130.
+
+    All other exceptions are ours, and keep their traceback.
+    """
+    try:
+        yield
+    except CrosscoderError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise typer.Exit(USER_ERROR) from error
+    except KeyboardInterrupt as error:
+        typer.echo(f"\nStopped. {after_interrupt}", err=True)
+        raise typer.Exit(INTERRUPTED) from error
+
+
+@contextmanager
+def terminal() -> Iterator[ProgressView]:
+    """A progress view on standard error, with this package's log lines above it and third parties kept quiet."""
+    from rich.logging import RichHandler
+
+    from crosscoder.training.progress import ProgressView
+
+    with ProgressView() as view:
+        log = logging.getLogger("crosscoder")
+        log.handlers = [RichHandler(console=view.console, show_path=False, show_time=False, markup=False)]
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        _quiet()
+        yield view
+
+
+def _quiet() -> None:
+    """No bars of third parties beside our own."""
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging as transformers_logging
+
+    disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def print_json(content: Mapping[str, Any] | Sequence[Any]) -> None:
+    """One JSON value on standard output."""
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False, default=str))
+
+
+def print_pairs(pairs: Mapping[str, object]) -> None:
+    """Names and values, aligned, on standard output."""
+    width = max((len(name) for name in pairs), default=0)
+    for name, value in pairs.items():
+        typer.echo(f"{name.ljust(width)}  {shown(value)}")
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns on standard output; the first to the left, the others to the right."""
+    widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
+    for row in [head, *rows]:
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        typer.echo("  ".join([first.strip().ljust(widths[0]), *others]).rstrip())
+
+
+def shown(value: object) -> str:
+    """A value as a person reads it."""
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e6 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

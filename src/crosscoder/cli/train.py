@@ -1,0 +1,56 @@
+"""The bodies of `crosscoder train`, `--dry-run` and `--keys`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import typer
+
+from crosscoder.cli.reporting import print_json, print_pairs, terminal
+from crosscoder.training import runfile
+from crosscoder.training.config import RunConfig
+from crosscoder.training.progress import ProgressSink
+from crosscoder.training.sinks import tensorboard_sink, wandb_sink
+
+TRACKERS = {"wandb": wandb_sink, "tensorboard": tensorboard_sink}
+
+
+def run(path: Path, overrides: Sequence[str], *, trackers: Sequence[str], as_json: bool) -> None:
+    """Train, and print the final metrics."""
+    config = RunConfig.load(path, overrides)
+    made = [TRACKERS[name]() for name in trackers]
+    with terminal() as view:
+        from crosscoder.training.run import train
+
+        result = train(config, sinks=[ProgressSink(view), *made], progress=view)
+    if as_json:
+        print_json({"run": str(result.path), "metrics": dict(result.metrics)})
+    else:
+        print_pairs(result.metrics)
+        typer.echo(f"\nThe run is in {result.path}. Next: crosscoder evaluate {result.path}")
+
+
+def dry_run(path: Path, overrides: Sequence[str], *, as_json: bool) -> None:
+    """Print what the run would take, without starting it."""
+    config = RunConfig.load(path, overrides)
+    with terminal():
+        from crosscoder.training.run import plan
+
+        planned = asdict(plan(config))
+    if as_json:
+        print_json(planned)
+    else:
+        print_pairs(planned)
+
+
+def list_keys(*, as_json: bool) -> None:
+    """Print every key of a run file."""
+    keys = runfile.keys(RunConfig)
+    if as_json:
+        print_json([asdict(key) for key in keys])
+        return
+    for key in keys:
+        default = f" [{key.default}]" if key.default else ""
+        typer.echo(f"{key.path}{default}\n    {key.description}")

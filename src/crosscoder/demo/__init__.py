@@ -1,0 +1,1 @@
+"""The demo: a whole run on the two small language models that ship with the package."""
