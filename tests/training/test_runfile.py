@@ -8,7 +8,7 @@ import yaml
 
 from crosscoder.errors import ConfigError, FileFormatError, UnknownKey
 from crosscoder.training import runfile
-from crosscoder.training.config import AcausalConfig, L1Sparsity, ReLUConfig, RunConfig, SaeConfig
+from crosscoder.training.config import AcausalConfig, BatchTopKConfig, L1Sparsity, ReLUConfig, RunConfig, SaeConfig
 
 RUN = """
 format: crosscoder.run/1
@@ -115,6 +115,11 @@ def test_overrides_reach_blocks_lists_and_blocks_that_are_not_there(run_path: Pa
     assert run.text.mix[0].weight == 0.5
     assert run.losses.aux.coefficient == 0.0
     assert run.seed == 3
+
+
+def test_a_block_without_a_kind_is_of_the_default_one(run_path: Path) -> None:
+    write_changed(run_path, nonlinearity={"k": 4})
+    assert RunConfig.load(run_path).nonlinearity == BatchTopKConfig(k=4)
 
 
 def test_the_number_after_the_last_appends(run_path: Path) -> None:

@@ -250,6 +250,16 @@ class RunConfig(Settings):
     train: TrainConfig = Field(default=TrainConfig(), description="Length, step size and rhythm.")
     out: str | None = Field(default=None, description="The run directory; null: runs/ and the run file's name.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_kinds(cls, raw: Any) -> Any:
+        """A block that does not say its kind is of the default one: `nonlinearity: {k: 8}`."""
+        if not isinstance(raw, dict):
+            return raw
+        kinds = {name: getattr(field.default, "kind", None) for name, field in cls.model_fields.items()}
+        blocks = {name: value for name, value in raw.items() if isinstance(value, dict) and kinds.get(name)}
+        return raw | {name: {"kind": kinds[name], **value} for name, value in blocks.items()}
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         """Sources name models of this run, each once; the penalty and the nonlinearity go together."""
