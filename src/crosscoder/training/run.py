@@ -1,0 +1,217 @@
+"""A run from its file to its crosscoder: `xc.train(run)`, which is `crosscoder train run.yaml`.
+
+Open the models, fix the analysis set, open the stream, fit the normaliser, train, save. The same call continues an
+interrupted run from its last checkpoint, and says so when the run is finished.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from crosscoder.activations import Batch
+from crosscoder.capture.analysis_set import AnalysisSet
+from crosscoder.capture.corpus import Corpus
+from crosscoder.capture.loading import load_models
+from crosscoder.capture.models import StudiedModel
+from crosscoder.capture.stream import ActivationStream
+from crosscoder.crosscoder import Crosscoder
+from crosscoder.progress import Progress, silent
+from crosscoder.sources import SourceSet, split_key
+from crosscoder.training import checkpoint, normaliser
+from crosscoder.training.config import RunConfig
+from crosscoder.training.directory import RunDirectory
+from crosscoder.training.hooks import Checkpointer, Recorder, StopRequest
+from crosscoder.training.meter import Meter
+from crosscoder.training.sinks import JsonlSink, RunStart, Sink, SinkGroup
+from crosscoder.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+VALIDATION_ROWS = 16_384
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run: its crosscoder (eval mode), the last metrics, and where it lies."""
+
+    crosscoder: Crosscoder
+    metrics: dict[str, float]
+    path: Path
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a run looks at: its models, sources and text."""
+
+    run: RunConfig
+    models: Mapping[str, StudiedModel]
+    sources: SourceSet
+    corpus: Corpus
+
+    @classmethod
+    def open(cls, run: RunConfig, *, progress: Progress = silent) -> Study:
+        """Load the models and the text of a run; widths and every derived setting come from them."""
+        models = load_models(run.models, progress=progress)
+        sources = SourceSet(models[alias].source(site) for alias, site in map(split_key, run.sources))
+        resolved = run.resolved(widths=sources.widths)
+        return cls(resolved, models, sources, Corpus(run.text, models[run.text.tokenizer].tokenizer, seed=run.seed))
+
+    def stream(self, text: Corpus | AnalysisSet, *, progress: Progress = silent) -> ActivationStream:
+        """Activations of the run's sources over its training text, or over a fixed set of contexts."""
+        settings = self.run.activations
+        return ActivationStream(
+            self.models,
+            self.sources,
+            text,
+            buffer_bytes=int(settings.buffer_gb * 1e9),
+            passes=settings.passes,
+            seed=self.run.seed,
+            progress=progress,
+        )
+
+    def new_crosscoder(self) -> Crosscoder:
+        """The untrained crosscoder of the run."""
+        init = self.run.init
+        crosscoder = Crosscoder(
+            self.run.wiring.build(self.sources),
+            self.run.nonlinearity.build(),
+            seed=self.run.seed,
+            decoder_norm=init.decoder_norm,
+            across_sources=init.across_sources,
+        )
+        crosscoder.provenance = self.provenance()
+        return crosscoder
+
+    def provenance(self) -> dict[str, Any]:
+        """Models, tokenizer, text and configuration, for `config.json`; never text itself."""
+        return {
+            "models": {alias: model.identity for alias, model in self.models.items()},
+            "text": self.corpus.identity,
+            "run": self.run.model_dump(mode="json"),
+        }
+
+
+def train(
+    run: RunConfig | str | Path, *, sinks: Sequence[Sink] = (), progress: Progress = silent, device: str | None = None
+) -> TrainResult:
+    """Train the crosscoder of a run, or continue it, or give it when it is finished.
+
+    Raises ConfigError and its kin for a run that cannot be, RunConflict for a directory that another configuration
+    has, TrainingDiverged or NonFiniteActivations with the last good checkpoint kept.
+    """
+    run = run if isinstance(run, RunConfig) else RunConfig.load(run)
+    directory = RunDirectory(Path(run.out or "runs/run"))
+    directory.claim(run)
+    if directory.finished:
+        log.info("%s is finished; nothing is left to do.", directory.path)
+        return TrainResult(Crosscoder.load(directory.crosscoder), _last_metrics(directory), directory.path)
+    study = Study.open(run, progress=progress)
+    held_out = _analysis_set(study, directory)
+    study.run.dump(directory.config)
+    return _train(study, directory, held_out, sinks=sinks, progress=progress, device=device or _best_device())
+
+
+def _train(
+    study: Study,
+    directory: RunDirectory,
+    held_out: AnalysisSet,
+    *,
+    sinks: Sequence[Sink],
+    progress: Progress,
+    device: str,
+) -> TrainResult:
+    stream = study.stream(study.corpus, progress=progress)
+    validation = list(_first_rows(study.stream(held_out).contexts(), VALIDATION_ROWS))
+    trainer = _trainer(study, stream, directory, device=device, progress=progress)
+    sink = SinkGroup([JsonlSink(), *sinks])
+    sink.open(_start(study, trainer, directory))
+    recorder = Recorder(sink, Meter(trainer.crosscoder), validation)
+    stop = StopRequest()
+    try:
+        with stop.listening():
+            trainer.run(stream, [recorder, Checkpointer(directory.checkpoints, stream, stop)])
+    finally:
+        sink.close()
+    crosscoder = trainer.crosscoder.eval()
+    crosscoder.save(directory.crosscoder)
+    return TrainResult(crosscoder, recorder.last, directory.path)
+
+
+def _trainer(
+    study: Study, stream: ActivationStream, directory: RunDirectory, *, device: str, progress: Progress
+) -> Trainer:
+    """A trainer at the newest checkpoint, or at the start with the normaliser fitted."""
+    run, crosscoder = study.run, study.new_crosscoder()
+    latest = directory.latest_checkpoint
+    if latest is None:
+        rows = run.normaliser.num_tokens
+        start = stream.state_dict()
+        fitted = normaliser.fit(study.sources, _take(stream, rows, batch_size=run.train.batch_size, progress=progress))
+        stream.load_state_dict(start)
+        crosscoder.set_normaliser(fitted.mean.float(), fitted.scale.float())
+    trainer = Trainer(crosscoder.to(device), run.train, sparsity=run.sparsity, losses=run.losses)
+    if latest is not None:
+        stream.load_state_dict(checkpoint.restore(trainer, latest))
+        log.info("continuing %s from step %d.", directory.path, latest.step)
+    return trainer
+
+
+def _take(
+    stream: ActivationStream, num_rows: int, *, batch_size: int, progress: Progress
+) -> Iterator[Float[Tensor, "rows width"]]:
+    """Rows for the normaliser: the first of the training stream, once each."""
+    rows = min(num_rows, stream.rows_per_fill)
+    for taken, batch in enumerate(stream.batches(batch_size), start=1):
+        yield batch.x
+        progress("fitting the normaliser", min(taken * batch_size, rows), rows)
+        if taken * batch_size >= rows:
+            return
+
+
+def _analysis_set(study: Study, directory: RunDirectory) -> AnalysisSet:
+    """The held-out set of the run: made once, and the same text ever after."""
+    made = study.corpus.held_out()
+    if (directory.analysis / "set.json").exists():
+        AnalysisSet.load(directory.analysis).require_same_text(made)
+        return made
+    made.save(directory.analysis)
+    return made
+
+
+def _first_rows(batches: Iterator[Batch], num_rows: int) -> Iterator[Batch]:
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += batch.x.shape[0]
+        if seen >= num_rows:
+            return
+
+
+def _start(study: Study, trainer: Trainer, directory: RunDirectory) -> RunStart:
+    return RunStart(
+        directory.path,
+        study.run.model_dump(mode="json"),
+        trainer.num_steps,
+        trainer.config.batch_size,
+        trainer.step_number,
+    )
+
+
+def _last_metrics(directory: RunDirectory) -> dict[str, float]:
+    from crosscoder.training.sinks import read_metrics
+
+    merged: dict[str, float] = {}
+    for record in read_metrics(directory.path / "metrics.jsonl"):
+        merged |= {name: value for name, value in record.items() if name != "step"}
+    return merged
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
