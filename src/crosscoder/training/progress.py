@@ -55,7 +55,7 @@ class ProgressView:
     def show(self, description: str, done: int, total: int | None, *, text: str = "") -> None:
         """The same, with further words beside it."""
         if self.console.is_terminal:
-            self._show_bar(description, done, total, text)
+            self._show_bar(description, done, total, text=text)
             return
         now = self.clock()
         if done == total or now - self._last_line.setdefault(description, now) >= SECONDS_BETWEEN_LINES:
@@ -63,7 +63,7 @@ class ProgressView:
             part = f"{done:,}" if total is None else f"{done:,} of {total:,}"
             self.console.print("  ".join(filter(None, [description, part, text])), highlight=False, markup=False)
 
-    def _show_bar(self, description: str, done: int, total: int | None, text: str) -> None:
+    def _show_bar(self, description: str, done: int, total: int | None, *, text: str) -> None:
         if description not in self._tasks:
             self._tasks[description] = self._bars.add_task(description, total=total, text="")
         self._bars.update(self._tasks[description], completed=done, total=total, text=text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,18 +261,31 @@ def _nearest(schema: type[BaseModel], path: Sequence[str], raw: object) -> str:
     return f"; the keys here are {', '.join(siblings)}" if siblings else ""
 
 
-def keys(schema: type[BaseModel], prefix: str = "") -> list[Key]:
+def keys(schema: type[BaseModel]) -> list[Key]:
     """Every key that a file of this schema can have; `*` stands for an alias or a number."""
-    found: list[Key] = []
+    merged: dict[str, Key] = {}
+    for key in _keys(schema, ""):
+        merged[key.path] = _either(merged[key.path], key) if key.path in merged else key
+    return list(merged.values())
+
+
+def _keys(schema: type[BaseModel], prefix: str) -> Iterator[Key]:
     for name, field in schema.model_fields.items():
         path = f"{prefix}{name}"
         models = _models_in(field.annotation)
         default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
-        found.append(Key(path, "" if models else default, field.description or ""))
+        text = (field.description or "").rstrip(".")
+        yield Key(path, "" if models else default, text[:1].upper() + text[1:])
         star = "" if _item(field.annotation) is None else ".*"
         for model in models:
-            found += [key for key in keys(model, f"{path}{star}.") if key not in found]
-    return found
+            yield from _keys(model, f"{path}{star}.")
+
+
+def _either(first: Key, second: Key) -> Key:
+    """One key that several kinds of a block have."""
+    if first == second:
+        return first
+    return Key(first.path, f"{first.default} | {second.default}", f"{first.description} | {second.description}")
 
 
 def _model_at(schema: type[BaseModel], path: Sequence[str], raw: object) -> type[BaseModel] | None:
