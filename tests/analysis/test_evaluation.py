@@ -17,7 +17,7 @@ from crosscoder.capture.text import Document
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import SourceMismatch, TextError
 from crosscoder.nonlinearities import BatchTopK, ReLU, TopK
-from crosscoder.sources import Source, SourceSet
+from crosscoder.sources import SourceSet
 from crosscoder.training.validation import validate
 from crosscoder.wiring import acausal
 
@@ -53,7 +53,9 @@ def test_reconstruction_numbers_equal_their_definitions(kind: BatchTopK | TopK |
     z, reconstruction, f = reconstruct64(cc, x)
     error, spread = (z - reconstruction).square(), (z - z.mean(0)).square()
     assert found.fve == pytest.approx(float(1 - error.sum() / spread.sum()), abs=1e-6)
-    assert found.fve_per_source["chat/embed"] == pytest.approx(float(1 - error[:, 6:].sum() / spread[:, 6:].sum()), abs=1e-6)
+    assert found.fve_per_source["chat/embed"] == pytest.approx(
+        float(1 - error[:, 6:].sum() / spread[:, 6:].sum()), abs=1e-6
+    )
     ratios = 1 - error.sum(1) / z.square().sum(1)
     assert found.fve_mean_of_ratios == pytest.approx(float(ratios.mean()), abs=1e-6)
     assert found.l0 == pytest.approx(float((f > 0).sum() / 120))
@@ -114,7 +116,10 @@ def pair(
     toy_model: PreTrainedModel, toy_partner: PreTrainedModel, toy_tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, StudiedModel]:
     """The toy models, studied."""
-    return {"base": StudiedModel("base", toy_model, toy_tokenizer), "chat": StudiedModel("chat", toy_partner, toy_tokenizer)}
+    return {
+        "base": StudiedModel("base", toy_model, toy_tokenizer),
+        "chat": StudiedModel("chat", toy_partner, toy_tokenizer),
+    }
 
 
 @pytest.fixture
@@ -142,6 +147,7 @@ def toy_crosscoder(pair: dict[str, StudiedModel]) -> Crosscoder:
 
 def loss_with(model: PreTrainedModel, ids: torch.Tensor, new: torch.Tensor | None) -> torch.Tensor:
     """Summed next-token loss of one context; `new` replaces the first block's output after the BOS."""
+
     def hook(module: object, inputs: object, output: torch.Tensor) -> torch.Tensor | None:
         return None if new is None else torch.cat([output[:, :1], new[None]], dim=1)
 
@@ -174,7 +180,9 @@ def test_cross_entropy_equals_splicing_by_hand(pair: dict[str, StudiedModel], te
     for key, total in wanted.items():
         clean, spliced, zero, mean = (total / count).tolist()
         ce = found[key]
-        assert [ce.clean, ce.spliced, ce.zero_ablated, ce.mean_ablated] == pytest.approx([clean, spliced, zero, mean], rel=1e-5)
+        assert [ce.clean, ce.spliced, ce.zero_ablated, ce.mean_ablated] == pytest.approx(
+            [clean, spliced, zero, mean], rel=1e-5
+        )
         assert ce.recovered == pytest.approx((zero - spliced) / (zero - clean), rel=1e-3)
         assert ce.recovered_mean == pytest.approx((mean - spliced) / (mean - clean), rel=1e-3)
         assert ce.num_tokens == count
@@ -192,7 +200,7 @@ def test_fewer_tokens_are_a_sample_of_whole_contexts(pair: dict[str, StudiedMode
         assert ce.mean_ablated == pytest.approx(together[key].mean_ablated, rel=1e-5)
 
 
-def test_models_without_text_or_without_one_another_are_refused(pair: dict[str, StudiedModel], text: AnalysisSet) -> None:
+def test_models_without_text_or_partner_are_refused(pair: dict[str, StudiedModel], text: AnalysisSet) -> None:
     """Cross-entropy needs tokens and every model."""
     cc = toy_crosscoder(pair)
     activations = ListedActivations(cc.sources, random_rows(cc.sources, 8))

@@ -52,7 +52,7 @@ CUTOFFS: Mapping[str, CutOffs] = MappingProxyType(
         "dfc": CutOffs(0.2, (0.2, 0.8), 0.8, "share"),
     }
 )
-"""Published cut-offs by name: Minder et al. 2025 (also ours); Anthropic, February 2025; Dedicated Feature Crosscoders."""
+"""Published cut-offs by name: Minder et al. 2025 (ours too); Anthropic, February 2025; dedicated-feature crosscoders."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,7 @@ def relative_norm(norm_a: Float[Tensor, "latents"], norm_b: Float[Tensor, "laten
 
 
 @torch.no_grad()
-def twins(
-    crosscoder: Crosscoder, *, a: str, b: str, cosine: float = 0.9, cutoffs: str | CutOffs = "default"
-) -> Twins:
+def twins(crosscoder: Crosscoder, *, a: str, b: str, cosine: float = 0.9, cutoffs: str | CutOffs = "default") -> Twins:
     """Pairs (a-only i, b-only j) with `cos(d_i^a, d_j^b) >= cosine`: one concept that was split in two.
 
     Minder et al. 2025, section 3.2 ("latent decoupling"). Raises SourceMismatch where the widths differ.

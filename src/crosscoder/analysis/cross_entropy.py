@@ -157,7 +157,8 @@ def _summed_loss(model: StudiedModel, batch: TokenBatch, site: str | None = None
     with change:
         logits = model.logits(batch.ids, attention_mask=batch.mask)
     total = 0.0
-    for context, position in zip(*(part.split(_CHUNK) for part in batch.mask[:, 1:].nonzero(as_tuple=True)), strict=True):
+    for chunk in batch.mask[:, 1:].nonzero().split(_CHUNK):
+        context, position = chunk.unbind(1)
         target = batch.ids[context, position + 1].to(logits.device)
         predicted = logits[context.to(logits.device), position.to(logits.device)].float()
         total += float(torch.nn.functional.cross_entropy(predicted, target, reduction="sum"))
@@ -177,7 +178,7 @@ def _check(crosscoder: Crosscoder, models: Mapping[str, StudiedModel]) -> None:
     missing = [alias for alias in crosscoder.sources.models if alias not in models]
     if missing:
         raise SourceMismatch(
-            f"cross-entropy needs the models {', '.join(crosscoder.sources.models)}; {', '.join(missing)} did not come.",
+            f"cross-entropy needs {', '.join(crosscoder.sources.models)}; {', '.join(missing)} did not come.",
             hint="Give models={alias: StudiedModel} for every one, or none to leave cross-entropy out.",
         )
     unread = [key for key in crosscoder.writes.keys if key not in crosscoder.reads]

@@ -8,6 +8,7 @@ code the inactive rows of a latent are one tie at zero, below every active one; 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,15 +87,30 @@ def f1_score(score: Float[np.ndarray, "rows"], positive: Bool[np.ndarray, "rows"
     return 2 * hits / max(1, int(called.sum()) + int(positive.sum()))
 
 
+def bootstrap_auroc(
+    score: Float[np.ndarray, "rows"],
+    truth: Truth,
+    documents: Int[np.ndarray, "rows"],
+    *,
+    num_draws: int,
+    seed: int = 0,
+) -> Float[np.ndarray, "draws"]:
+    """The AUROC in every draw of documents with replacement; NaN in draws without pairs."""
+    at_once = max(1, 4_000_000 // max(1, len(score)))
+    draws = document_draws(documents, num_draws=num_draws, seed=seed, at_once=at_once)
+    return np.concatenate([auroc(score, truth, weight) for weight in draws])
+
+
 def document_draws(
-    documents: Int[np.ndarray, "rows"], *, num_draws: int, seed: int
-) -> Float[np.ndarray, "draws rows"]:
-    """Row weights of a bootstrap over documents: how often each row's document was drawn."""
+    documents: Int[np.ndarray, "rows"], *, num_draws: int, seed: int, at_once: int = 64
+) -> Iterator[Float[np.ndarray, "some rows"]]:
+    """Row weights of a bootstrap over documents (how often each row's document was drawn), some draws at a time."""
     _, index = np.unique(documents, return_inverse=True)
-    count = int(index.max()) + 1
+    count = int(index.max(initial=0)) + 1
     generator = np.random.Generator(np.random.Philox(seed))
     drawn = generator.multinomial(count, np.full(count, 1 / count), size=num_draws)
-    return drawn[:, index].astype(np.float64)
+    for first in range(0, num_draws, at_once):
+        yield drawn[first : first + at_once, index].astype(np.float64)
 
 
 def _weighted_wins(

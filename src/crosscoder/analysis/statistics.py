@@ -1,7 +1,7 @@
 """What every latent does on the analysis set, whichever pair of sources is compared later.
 
-    density = share of rows on which it is active      mean_value, max_value: over the rows on which it is active
-    density_<role> = share of that role's rows          all values are raw f, before any decoder norm
+density                  share of rows on which it is active; density_<role>: share of that role's rows
+mean_value, max_value    of raw f, before any decoder norm, over the rows on which it is active
 """
 
 from __future__ import annotations

@@ -51,9 +51,7 @@ class ReconstructionStatistics:
         self.add((target - self.crosscoder.mean[self._writes]) * self._scale, error=error, code=code)
         return code
 
-    def add(
-        self, x: Float[Tensor, "rows writes"], *, error: Float[Tensor, "rows writes"], code: SparseCode
-    ) -> None:
+    def add(self, x: Float[Tensor, "rows writes"], *, error: Float[Tensor, "rows writes"], code: SparseCode) -> None:
         """Add rows whose normalised writes `x`, error `x̃ − x̂̃` and code are at hand."""
         square, err = self._row_squares(x), self._row_squares(error)
         self._error += err.sum(0)
