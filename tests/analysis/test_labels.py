@@ -109,10 +109,10 @@ def test_the_planted_latent_is_found_and_only_by_those_who_can(
     label = found.labels[0]
     assert (label.label, label.roles, label.num_documents) == ("open", ("user",), 12)
     by_name = {score.detector: score for score in label.scores}
+    chance = by_name["baseline latent"]
     assert by_name["latent"].latent == 5 and label.best_latent == by_name["latent"]
     assert (by_name["latent"].auroc, by_name["latent"].auroc_low, by_name["latent"].f1) == (1.0, 1.0, 1.0)
-    assert by_name["baseline latent"].auroc < 0.9
-    assert by_name["baseline latent"].auroc_low < by_name["baseline latent"].auroc < by_name["baseline latent"].auroc_high
+    assert chance.auroc < 0.9 and chance.auroc_low < chance.auroc < chance.auroc_high
     assert by_name["difference of means, b"].auroc == 1.0 and by_name["mean difference"].auroc > 0.95
     assert by_name["difference of means, a"].auroc < 0.95
     assert found.table().num_rows == 10 and json.dumps(found.to_json())
@@ -126,8 +126,8 @@ def test_a_choice_by_luck_does_not_survive_the_other_half(
     scores = []
     for seed in range(8):
         activations, cc, _ = world(text, np.zeros_like(located.values[0]), seed=seed)
-        best = label_scores(cc, activations, text, labels=spans(toy_tokenizer), a="base", b="chat").labels[0].best_latent
-        assert best is not None
+        found = label_scores(cc, activations, text, labels=spans(toy_tokenizer), a="base", b="chat")
+        best = found.labels[0].best_latent
         scores.append((best.auroc_choosing, best.auroc))
     chosen, held_out = np.mean(scores, axis=0)
     assert chosen > 0.65 and abs(held_out - 0.5) < 0.12

@@ -52,7 +52,7 @@ CUTOFFS: Mapping[str, CutOffs] = MappingProxyType(
         "dfc": CutOffs(0.2, (0.2, 0.8), 0.8, "share"),
     }
 )
-"""Published cut-offs by name: Minder et al. 2025 (ours too); Anthropic, February 2025; dedicated-feature crosscoders."""
+"""Published cut-offs by name: Minder et al. 2025 (ours too); Anthropic, Feb. 2025; dedicated-feature crosscoders."""
 
 
 @dataclass(frozen=True)

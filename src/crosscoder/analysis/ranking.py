@@ -72,12 +72,13 @@ def auroc_of_latents(code: SparseCode, truth: Truth) -> Float[np.ndarray, "laten
 
 
 def best_threshold(score: Float[np.ndarray, "rows"], positive: Bool[np.ndarray, "rows"]) -> float:
-    """The cut `score >= cut` with the largest F1 (the highest such cut)."""
+    """The cut `score >= cut` with the largest F1 (the highest such), halfway down to the next lower score."""
     order = np.argsort(-score, kind="stable")
     ordered, hits = score[order], np.cumsum(positive[order])
     f1 = 2 * hits / (np.arange(1, len(score) + 1) + positive.sum())
     last_of_tie = np.append(ordered[1:] != ordered[:-1], True)
-    return float(ordered[int(np.argmax(np.where(last_of_tie, f1, -1.0)))])
+    best = int(np.argmax(np.where(last_of_tie, f1, -1.0)))
+    return float(ordered[best : best + 2].mean())
 
 
 def f1_score(score: Float[np.ndarray, "rows"], positive: Bool[np.ndarray, "rows"], *, threshold: float) -> float:
