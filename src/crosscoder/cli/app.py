@@ -32,18 +32,17 @@ class Tracker(StrEnum):
     tensorboard = "tensorboard"
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool | None) -> None:
     if wanted:
         typer.echo(f"crosscoder {__version__}")
         raise typer.Exit
 
 
+Version = Annotated[bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")]
+
+
 @app.callback()
-def root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
+def root(version: Version = None) -> None:
     """Sparse dictionaries over several sources of language models."""
 
 

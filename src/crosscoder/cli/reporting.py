@@ -13,6 +13,8 @@ import typer
 from crosscoder.errors import CrosscoderError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from crosscoder.training.progress import ProgressView
 
 USER_ERROR = 2
@@ -38,17 +40,27 @@ def one_screen(after_interrupt: str) -> Iterator[None]:
 @contextmanager
 def terminal() -> Iterator[ProgressView]:
     """A progress view on standard error, with this package's log lines above it and third parties kept quiet."""
-    from rich.logging import RichHandler
-
     from crosscoder.training.progress import ProgressView
 
     with ProgressView() as view:
         log = logging.getLogger("crosscoder")
-        log.handlers = [RichHandler(console=view.console, show_path=False, show_time=False, markup=False)]
+        log.handlers = [_Lines(view.console)]
         log.setLevel(logging.INFO)
         log.propagate = False
         _quiet()
         yield view
+
+
+class _Lines(logging.Handler):
+    """Log records as plain lines above the progress bars."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        self._console.print(f"{level}{record.getMessage()}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _quiet() -> None:
@@ -84,5 +96,5 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def shown(value: object) -> str:
     """A value as a person reads it."""
     if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1e6 else f"{value:.3g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -28,7 +28,8 @@ def run(path: Path, overrides: Sequence[str], *, trackers: Sequence[str], as_jso
     if as_json:
         print_json({"run": str(result.path), "metrics": dict(result.metrics)})
     else:
-        print_pairs(result.metrics)
+        held_out = {name: value for name, value in result.metrics.items() if name.startswith("held_out/")}
+        print_pairs(held_out or result.metrics)
         typer.echo(f"\nThe run is in {result.path}. Next: crosscoder evaluate {result.path}")
 
 

@@ -61,7 +61,8 @@ class ProgressView:
         if done == total or now - self._last_line.setdefault(description, now) >= SECONDS_BETWEEN_LINES:
             self._last_line[description] = now
             part = f"{done:,}" if total is None else f"{done:,} of {total:,}"
-            self.console.print("  ".join(filter(None, [description, part, text])), highlight=False, markup=False)
+            line = "  ".join(filter(None, [description, part, text]))
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _show_bar(self, description: str, done: int, total: int | None, *, text: str) -> None:
         if description not in self._tasks:

@@ -1,0 +1,208 @@
+"""The command line: instant help, one-screen errors, JSON where a program reads it, Ctrl-C that can be continued."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from crosscoder import __version__, cli
+from crosscoder.cli import doctor
+from crosscoder.cli.app import app
+from crosscoder.cli.reporting import one_screen, print_pairs, print_table
+
+VERBS = ("demo", "train", "evaluate", "diff", "doctor")
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture
+def run_path(tmp_path: Path, toy_base_path: Path, toy_chat_path: Path, toy_text_path: Path) -> Path:
+    run = {
+        "format": "crosscoder.run/1",
+        "models": {"base": {"path": str(toy_base_path)}, "chat": {"path": str(toy_chat_path)}},
+        "sources": ["base/layers.1.resid_post", "chat/layers.1.resid_post"],
+        "text": {
+            "tokenizer": "base",
+            "context_length": 32,
+            "mix": [{"dataset": str(toy_text_path)}],
+            "held_out": {"fraction": 0.2, "num_tokens": 400},
+        },
+        "activations": {"buffer_gb": 0.002},
+        "normaliser": {"num_tokens": 500},
+        "wiring": {"kind": "acausal", "num_latents": 64},
+        "nonlinearity": {"k": 8},
+        "train": {"num_tokens": 3200, "batch_size": 64, "learning_rate": 1e-3},
+        "out": str(tmp_path / "run"),
+    }
+    path = tmp_path / "pair.yaml"
+    path.write_text(yaml.safe_dump(run), encoding="utf-8")
+    return path
+
+
+def test_help_lists_the_verbs_that_exist() -> None:
+    listed = invoke("--help").stdout.partition("Commands:")[2]
+    assert [line.split()[0] for line in listed.splitlines() if line.startswith("  ") and line[2] != " "] == list(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str) -> None:
+    result = invoke(verb, "--help")
+    assert result.exit_code == 0
+    assert f"crosscoder {verb}" in result.stdout or f"root {verb}" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_is_instant(verb: str) -> None:
+    command = [sys.executable, "-c", "from crosscoder.cli.app import main; main()", *verb.split(), "--help"]
+    best = min(seconds_of(command) for _ in range(5))
+    assert best < 0.3
+
+
+def seconds_of(command: list[str]) -> float:
+    """Processor time of a command: the wall clock of a busy machine says nothing about the command."""
+    before = os.times()
+    subprocess.run(command, check=True, capture_output=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout == f"crosscoder {__version__}\n"
+
+
+def test_users_mistakes_are_one_screen_without_traceback(run_path: Path) -> None:
+    result = invoke("train", run_path, "train.batch_sise=3")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    first, *others = result.stderr.splitlines()
+    assert first == f"UnknownKey: {run_path} has 1 problem."
+    assert others[0] == "  train.batch_sise: there is no such key; did you mean train.batch_size?"
+    assert "Traceback" not in result.stderr
+
+
+def test_our_mistakes_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), one_screen("never said"):
+        _ = 1 / 0
+
+
+def test_interrupts_say_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    import typer
+
+    with pytest.raises(typer.Exit) as caught, one_screen("The same command goes on."):
+        raise KeyboardInterrupt
+    assert caught.value.exit_code == 130
+    assert capsys.readouterr().err == "\nStopped. The same command goes on.\n"
+
+
+def test_train_without_a_file_says_what_is_missing() -> None:
+    result = invoke("train")
+    assert result.exit_code == 2
+    assert "expected a run file" in result.stderr
+
+
+def test_keys_are_listed_with_defaults_and_meaning() -> None:
+    listed = invoke("train", "--keys").stdout
+    assert "train.decay_fraction [0.2]\n    Last part of the run" in listed
+    as_json = json.loads(invoke("train", "--keys", "--json").stdout)
+    assert {"path": "seed", "default": "0"}.items() <= as_json[1].items()
+
+
+def test_train_prints_metrics_as_json_and_nothing_else(run_path: Path, tmp_path: Path) -> None:
+    result = invoke("train", run_path, "--json")
+    assert result.exit_code == 0
+    printed = json.loads(result.stdout)
+    assert printed["run"] == str(tmp_path / "run")
+    assert 0 < printed["metrics"]["held_out/l0"] <= 64
+    assert (tmp_path / "run" / "crosscoder" / "model.safetensors").exists()
+    again = invoke("train", run_path, "--json")
+    assert json.loads(again.stdout) == printed
+    assert f"{tmp_path / 'run'} is finished" in again.stderr
+
+
+def test_a_changed_configuration_is_refused_by_key(run_path: Path) -> None:
+    assert invoke("train", run_path).exit_code == 0
+    result = invoke("train", run_path, "nonlinearity.k=4")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("RunConflict: ")
+    assert "nonlinearity.k: 4 / 8" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("models.base.path={tmp}/nowhere", "ModelNotFound: "),
+        ("sources.0=base/layers.7.resid_post", "UnsupportedSite: "),
+        ("text.mix.0.dataset={tmp}/nowhere.jsonl", "TextError: "),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing_behind(
+    run_path: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    result = invoke("train", run_path, override.format(tmp=tmp_path))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_goes_on(run_path: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from crosscoder.cli.app import main; main()", "train", str(run_path)]
+    command += ["train.num_tokens=1280000", "train.checkpoint_every=100000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 1):
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130, errors
+    assert "The same command goes on from the last checkpoint." in errors
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*/complete"))
+
+
+def test_doctor_names_what_is_missing_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    findings = {finding.name: finding for finding in doctor.examine(network=False)}
+    assert findings["wandb"].fix == "pip install 'crosscoder[wandb]'"
+    assert findings["python"].state == "ok"
+    assert findings["model hub"].state == "note"
+
+
+def test_doctor_prints_json() -> None:
+    findings = json.loads(invoke("doctor", "--json").stdout)
+    assert {"python", "torch", "cpu", "memory", "disk", "demo models"} <= {finding["name"] for finding in findings}
+
+
+def test_doctor_fails_when_the_demo_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PAIR", ("absent",))
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert "not in this installation: absent" in result.stdout
+
+
+def test_tables_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("source", "FVE"), [("base/embed", "0.9"), ("b", "0.95")])
+    print_pairs({"rows": 12345, "loss": 0.123456, "rate": 23456.7})
+    assert capsys.readouterr().out.splitlines() == [
+        "source       FVE",
+        "base/embed   0.9",
+        "b           0.95",
+        "rows  12,345",
+        "loss  0.1235",
+        "rate  23,457",
+    ]
+
+
+def test_the_package_says_what_it_is() -> None:
+    assert cli.__doc__
