@@ -21,11 +21,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from crosscoder.analysis.passes import Progress, silent
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.models import StudiedModel
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import SourceMismatch, TextError, WiringError
+from crosscoder.progress import Progress, silent
 
 _CHUNK = 256
 """Positions whose logits are turned into losses at once: bounds the memory beside the logits themselves."""

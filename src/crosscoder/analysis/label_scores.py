@@ -28,11 +28,11 @@ from crosscoder.activations import ROLES, ActivationSource
 from crosscoder.analysis.classes import latent_classes
 from crosscoder.analysis.labelled_rows import LabelledRows, labelled_rows, select_rows
 from crosscoder.analysis.labels import LabelSpan, locate_labels
-from crosscoder.analysis.passes import Progress, silent
 from crosscoder.analysis.ranking import Truth, auroc, auroc_of_latents, best_threshold, bootstrap_auroc, f1_score
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.codes import SparseCode
 from crosscoder.crosscoder import Crosscoder
+from crosscoder.progress import Progress, silent
 
 NUM_DRAWS = 1000
 INTERVAL = (0.025, 0.975)

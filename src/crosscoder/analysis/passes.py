@@ -5,7 +5,7 @@ An observer gets every batch with its code; what it keeps is bounded and its own
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -13,10 +13,8 @@ from crosscoder.activations import ActivationSource, Batch
 from crosscoder.codes import SparseCode
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import SourceMismatch, TextError
+from crosscoder.progress import Progress, silent
 from crosscoder.training.validation import ReconstructionStatistics
-
-Progress = Callable[[str, int, int | None], None]
-"""Called with what is being done, how much is done, and of how much (None when that is unknown)."""
 
 
 class Observer(Protocol):
@@ -25,10 +23,6 @@ class Observer(Protocol):
     def update(self, batch: Batch, code: SparseCode) -> None:
         """See the rows of one batch, packed over the activations' sources, and their code."""
         ...
-
-
-def silent(description: str, done: int, total: int | None) -> None:
-    """The progress callback that shows nothing."""
 
 
 @contextmanager
