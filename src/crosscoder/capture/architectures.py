@@ -214,6 +214,11 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     """Finds the blocks of `model` and binds its family's taps to them."""
     family = family_of(model)
     name = model.config.model_type
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModel(
+            f"expected one stack of blocks; {name} has an encoder and a decoder.",
+            hint="Study a causal language model or an encoder.",
+        )
     if family is None:
         return _by_structure(model, name)
     found = _named_blocks(model, family)

@@ -28,6 +28,7 @@ from crosscoder.capture.models import StudiedModel
 from crosscoder.capture.readers import ContextReader, reader_of
 from crosscoder.capture.vocabularies import check_vocabularies
 from crosscoder.errors import ConfigError, RunConflict, TextError
+from crosscoder.progress import Progress, silent
 from crosscoder.sources import SourceSet
 
 _log = logging.getLogger(__name__)
@@ -61,10 +62,11 @@ class ActivationStream:
         text: Corpus | AnalysisSet,
         *,
         buffer_bytes: int = 2**30,
-        batch_tokens: int = 8192,
+        batch_tokens: int = 4096,
         passes: int = 1,
         seed: int = 0,
         dtype: torch.dtype | None = None,
+        progress: Progress = silent,
     ) -> None:
         used = {alias: models[alias] for alias in sources.models if alias in models}
         self._harvest = Harvest(models, sources, batch_tokens, dtype or storage_dtype(used))
@@ -74,6 +76,7 @@ class ActivationStream:
         self._reader = reader_of(text)
         self._capacity = self._rows_in(buffer_bytes)
         self._passes, self._seed = passes, seed
+        self._progress = progress
         self._buffer: RowBuffer | None = None
         self._order: tuple[int, int, Tensor] | None = None
         self._place = _Place(self._reader.state_dict())
@@ -116,15 +119,17 @@ class ActivationStream:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go to a place that `state_dict` gave; what was in the buffer there is computed again when it is needed."""
+        """Go to a place that `state_dict` gave; another fill than the one in memory is computed again when needed."""
         if state["settings"] != self._settings():
             raise RunConflict(
                 "expected the place in a stream with these settings; got one in another.",
                 details=[f"here   {self._settings()}", f"there  {state['settings']}"],
                 hint="Give the stream the settings it had, or start a new run.",
             )
-        self._place = _Place(state["text"], state["fill"], state["served"])
-        self._forget()
+        place = _Place(state["text"], state["fill"], state["served"])
+        if (place.text, place.fill) != (self._place.text, self._place.fill):
+            self._forget()
+        self._place = place
 
     def _settings(self) -> State:
         """What, beside the text, decides which rows a fill holds and in which order they are served."""
@@ -173,13 +178,15 @@ class ActivationStream:
             pool = self._reader.pool(min(room, _POOL * self._harvest.batch_tokens))
             for batch in self._harvest.rows(pool):
                 buffer.append(batch)
+                self._progress("reading activations", buffer.num_rows, self._capacity)
             num_contexts += len(pool)
             if buffer.num_rows == 0 and (not pool or num_contexts > _BARREN):
                 raise TextError(
                     f"no token of {num_contexts:,} contexts became a row.", hint="Drop fewer tokens in text.drop."
                 )
             if not pool:
-                return
+                break
+        self._progress("reading activations", buffer.num_rows, buffer.num_rows)
 
     def _permutation(self, done: int, num_rows: int) -> Tensor:
         """The order of pass `done` over the current fill."""
