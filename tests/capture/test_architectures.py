@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as hf
-from capture.families import DECODERS, ENCODERS, FAMILIES, PARALLEL, build, tokens
 from torch import Tensor
 
+from capture.families import DECODERS, ENCODERS, FAMILIES, PARALLEL, build, tokens
 from crosscoder.capture import StudiedModel, architectures
 from crosscoder.capture.architectures import FAMILIES as TABLE
 from crosscoder.capture.architectures import Tap
@@ -135,7 +135,9 @@ def test_parallel_blocks_have_no_middle(toy_tokenizer: hf.PreTrainedTokenizerFas
 
 
 def test_a_missing_layer_names_what_there_is(toy_tokenizer: hf.PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UnsupportedSite, match=r"(?s)3 layers.*layers\.9\.mlp_out.*layers\.0 to 2: mlp_out.*Did you mean"):
+    with pytest.raises(
+        UnsupportedSite, match=r"(?s)3 layers.*layers\.9\.mlp_out.*layers\.0 to 2: mlp_out.*Did you mean"
+    ):
         studied("llama", toy_tokenizer).source("layers.9.mlp_out")
 
 

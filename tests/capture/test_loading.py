@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from capture.families import build, tokens
 from safetensors.torch import load_file, save_file
 
+from capture.families import build, tokens
 from crosscoder.capture import ModelConfig, StudiedModel, loading
 from crosscoder.errors import ConfigError, FileFormatError, MissingExtra, ModelNotFound, UnsupportedModel
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 import transformers as hf
-from capture.families import DECODERS, build, tokens
 from torch import Tensor
 
+from capture.families import DECODERS, build, tokens
 from crosscoder.capture import StudiedModel
 from crosscoder.errors import SourceMismatch, UnsupportedSite
 
@@ -138,7 +138,9 @@ def steering(seen: list[Tensor]) -> object:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_generation_with_a_cache_equals_generation_without(name: str, toy_tokenizer: hf.PreTrainedTokenizerFast) -> None:
+def test_generation_with_a_cache_equals_generation_without(
+    name: str, toy_tokenizer: hf.PreTrainedTokenizerFast
+) -> None:
     model = StudiedModel("m", build(name), toy_tokenizer)
     model.model.generation_config.eos_token_id = None
     ids, cached, whole = tokens(1, 5), [], []
@@ -176,7 +178,11 @@ def test_generation_is_greedy_whatever_the_model_suggests(toy_tokenizer: hf.PreT
 def test_encoders_read_but_do_not_unembed(toy_tokenizer: hf.PreTrainedTokenizerFast) -> None:
     model = StudiedModel("m", build("bert"), toy_tokenizer)
     x = model.read([STREAM], tokens())[STREAM]
-    for use in (lambda: model.unembed(x), lambda: model.logits(tokens()), lambda: model.generate(tokens(), max_new_tokens=1)):
+    for use in (
+        lambda: model.unembed(x),
+        lambda: model.logits(tokens()),
+        lambda: model.generate(tokens(), max_new_tokens=1),
+    ):
         with pytest.raises(UnsupportedSite, match="language-model head"):
             use()
 

@@ -36,8 +36,8 @@ class Located(NamedTuple):
 class AnalysisSet:
     """Contexts laid end to end; context c holds the tokens from `pointers[c]` up to `pointers[c + 1]`.
 
-    `document` counts within `documents` (-1: of none), `char_start` and `char_end` are in that document's rendered text,
-    and only tokens that are `kept` become rows.
+    `document` counts within `documents` (-1: of none), `char_start` and `char_end` are in that document's rendered
+    text, and only tokens that are `kept` become rows.
     """
 
     pointers: Int[Tensor, "contexts_and_one"]
@@ -119,7 +119,7 @@ class AnalysisSet:
 
     @classmethod
     def load(cls, directory: Path) -> AnalysisSet:
-        """The set that `save` wrote to `directory`; raises FileFormatError when its tokens are not those it was saved with."""
+        """The set that `save` wrote to `directory`; raises FileFormatError when its tokens are not the same."""
         content = read_json(directory / "set.json", thing=_THING)
         tensors = read_tensors(directory / "contexts.safetensors", thing=_THING)
         documents = tuple(DocumentId(**document) for document in content["documents"])

@@ -6,13 +6,13 @@ Sites are named by *meaning*. With the residual stream `r`, a sequential pre-nor
     mlp_in     = norm(resid_mid)              (what the MLP module receives)
     resid_post = resid_mid + mlp_out
 
-`attn_out` and `mlp_out` are what is *added*: where a family norms its branches before adding them (Gemma 2, OLMo 2), they
-are the outputs of those norms. A parallel block adds both branches to resid_pre and has no resid_mid. A post-norm block
-(BERT) has resid_mid = LN(resid_pre + attn_out), resid_post = LN(resid_mid + mlp_out). `embed` is whatever enters block 0:
-after Gemma's scaling, GPT-2's positions, BERT's LayerNorm.
+`attn_out` and `mlp_out` are what is *added*: where a family norms its branches before adding them (Gemma 2, OLMo 2),
+they are the outputs of those norms. A parallel block adds both branches to resid_pre and has no resid_mid. A post-norm
+block (BERT) has resid_mid = LN(resid_pre + attn_out), resid_post = LN(resid_mid + mlp_out). `embed` is whatever enters
+block 0: after Gemma's scaling, GPT-2's positions, BERT's LayerNorm.
 
-Unknown architectures get `embed` and `layers.N.resid_post` by structure alone. Nothing here is trusted: `selfcheck` proves
-these equations on every model that is loaded.
+Unknown architectures get `embed` and `layers.N.resid_post` by structure alone. Nothing here is trusted: `selfcheck`
+proves these equations on every model that is loaded.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Residual = Literal["sequential", "parallel", "post_norm", "unknown"]
 class Tap:
     """A place in a block: the input or output of the module at a path below it.
 
-    `shared`: the module's input is also the residual branch (`residual = h; h = norm(h)`), so that a new value has to be
-    written into that very tensor to reach both.
+    `shared`: the module's input is also the residual branch (`residual = h; h = norm(h)`), so that a new value has to
+    be written into that very tensor to reach both.
     """
 
     module: str
@@ -101,7 +101,9 @@ class Architecture:
         near = difflib.get_close_matches(site, self.sites(), n=1)
         details = [f"it has  {line}" for line in ("embed", *self._kinds())]
         if site.endswith("resid_mid") and self.family.residual == "parallel":
-            details.append("its blocks are parallel: attention and MLP both read resid_pre, so nothing lies between them")
+            details.append(
+                "its blocks are parallel: attention and MLP both read resid_pre, so nothing lies between them"
+            )
         return UnsupportedSite(
             f"expected a site of this {self.name} model with {self.num_layers} layers; got {site!r}.",
             details=details,
@@ -189,7 +191,19 @@ _BERT = Family(
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         **dict.fromkeys(
-            ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma", "olmo", "olmoe", "smollm3"),
+            (
+                "llama",
+                "mistral",
+                "mixtral",
+                "qwen2",
+                "qwen3",
+                "qwen2_moe",
+                "qwen3_moe",
+                "gemma",
+                "olmo",
+                "olmoe",
+                "smollm3",
+            ),
             _LLAMA,
         ),
         **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), _GEMMA2),

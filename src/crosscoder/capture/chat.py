@@ -1,10 +1,10 @@
 """Documents as the model sees them: rendered text, and who speaks which characters.
 
-Masks that chat templates give for this are unreliable, so roles come from rendering alone. Let R(m) be the rendered text of
-messages m. A turn's content is located by rendering the dialogue once more with a marker in its place: if
+Masks that chat templates give for this are unreliable, so roles come from rendering alone. Let R(m) be the rendered
+text of messages m. A turn's content is located by rendering the dialogue once more with a marker in its place: if
 `R(m with marker) = A + marker + B`, then `R(m) = A + content + B`, which is verified. And for every finished exchange
-`R(m)` must start with `R(m[:i])`: a template that rewrites earlier turns would show a model other text than it was trained
-on, and is refused. Characters that no content claims are the template's.
+`R(m)` must start with `R(m[:i])`: a template that rewrites earlier turns would show a model other text than it was
+trained on, and is refused. Characters that no content claims are the template's.
 """
 
 from __future__ import annotations

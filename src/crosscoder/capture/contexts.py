@@ -1,8 +1,8 @@
 """Contexts: tokenized windows of text in which every token knows its document, its characters and who speaks it.
 
 A context opens with BOS where the tokenizer has one. Packed contiguously, documents follow one another with EOS between
-them and are cut at the context's length; packed by document, a long one becomes several windows and a short one a shorter
-context. Tokens that belong to no document (BOS) have document -1 and no characters.
+them and are cut at the context's length; packed by document, a long one becomes several windows and a short one a
+shorter context. Tokens that belong to no document (BOS) have document -1 and no characters.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DocumentId:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens side by side: id, role, number of the document (-1: none), its characters [start, end), and kept or not."""
+    """Tokens side by side: id, role, number of the document (-1: none), its characters [start, end), kept or not."""
 
     ids: np.ndarray
     roles: np.ndarray
@@ -83,7 +83,11 @@ class Encoder:
         """The document's tokens without BOS; with `separator`, EOS closes it where the tokenizer has one."""
         rendered = render(document, self.tokenizer)
         encoded = self.tokenizer(
-            rendered.text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+            rendered.text,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
         )
         ids = np.asarray(encoded["input_ids"], dtype=np.int32)
         offsets = np.asarray(encoded["offset_mapping"], dtype=np.int32).reshape(-1, 2)

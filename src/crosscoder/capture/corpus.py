@@ -1,8 +1,9 @@
 """The corpus: data sets mixed by tokens, split by document hash, packed into contexts, with an explicit cursor.
 
 Mixing is deterministic: the next document comes from the data set that is furthest behind its share of the tokens. Each
-data set is read in a permutation that depends on (seed, data set, epoch) alone; when it runs out, its next epoch begins and
-is logged. A document is held out when its hash, salted with the seed, falls into the first `fraction` of the range.
+data set is read in a permutation that depends on (seed, data set, epoch) alone; when it runs out, its next epoch
+begins and is logged. A document is held out when its hash, salted with the seed, falls into the first `fraction` of
+the range.
 """
 
 from __future__ import annotations

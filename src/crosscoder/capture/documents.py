@@ -134,7 +134,9 @@ def _json_value(file: Path, column: str, number: int, line: str) -> Any:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise TextError(f"line {number} of {file} is not JSON: {error}.", hint="Correct or remove that line.") from error
+        raise TextError(
+            f"line {number} of {file} is not JSON: {error}.", hint="Correct or remove that line."
+        ) from error
     if not isinstance(value, dict) or column not in value:
         raise _no_column(f"line {number} of {file}", column, list(value) if isinstance(value, dict) else [])
     return value[column]

@@ -1,7 +1,7 @@
 """Contexts in, rows out: the forward passes of a stream.
 
-Contexts of similar length go through the models together, padded on the right, about `batch_tokens` tokens at a time. All
-sites of one model are read in one forward. Padding and dropped tokens never become rows.
+Contexts of similar length go through the models together, padded on the right, about `batch_tokens` tokens at a time.
+All sites of one model are read in one forward. Padding and dropped tokens never become rows.
 """
 
 from __future__ import annotations
@@ -31,16 +31,6 @@ class Harvest:
     sources: SourceSet
     batch_tokens: int
     dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        for source in self.sources:
-            if source.model not in self.models:
-                raise UnknownSource(
-                    f"expected a model called {source.model!r}, which {source.key} is a site of.",
-                    details=[f"there is  {alias}" for alias in self.models],
-                    hint="Give the model under that alias, or take the source out.",
-                )
-            self._check_width(source)
 
     @property
     def device(self) -> torch.device:
@@ -89,26 +79,37 @@ class Harvest:
         for source in own:
             activations = seen[source.site].flatten(0, 1)
             columns = x[:, self.sources.slices[source.key]]
-            columns.copy_(activations if len(picked) == len(activations) else activations[picked.to(activations.device)])
+            columns.copy_(
+                activations if len(picked) == len(activations) else activations[picked.to(activations.device)]
+            )
             if not bool(columns.isfinite().all()):
                 raise self._non_finite(source)
-
-    def _check_width(self, source: Source) -> None:
-        width = self.models[source.model].width(source.site)
-        if width != source.width:
-            raise SourceMismatch(
-                f"expected {source.key} to be {source.width} wide; the model is {width} wide there.",
-                hint=f"Take the source from the model: StudiedModel.source({source.site!r}).",
-            )
 
     def _non_finite(self, source: Source) -> NonFiniteActivations:
         dtype = str(self.models[source.model].dtype).removeprefix("torch.")
         held = str(self.dtype).removeprefix("torch.")
         return NonFiniteActivations(
             f"{source.key} gave NaN or infinity; the model is held in {dtype}, its rows in {held}.",
-            hint=f"Set models.{source.model}.dtype to float32 (or bfloat16, whose range is wider than float16's); if it "
-            "persists, the weights themselves are damaged.",
+            hint=f"Set models.{source.model}.dtype to float32, or to bfloat16, whose range is wider than float16's. "
+            "If it persists, the weights themselves are damaged.",
         )
+
+
+def check_sources(models: Mapping[str, StudiedModel], sources: SourceSet) -> None:
+    """Raises unless every source is a site of one of `models`, in its width."""
+    for source in sources:
+        if source.model not in models:
+            raise UnknownSource(
+                f"expected a model called {source.model!r}, which {source.key} is a site of.",
+                details=[f"there is  {alias}" for alias in models],
+                hint="Give the model under that alias, or take the source out.",
+            )
+        width = models[source.model].width(source.site)
+        if width != source.width:
+            raise SourceMismatch(
+                f"expected {source.key} to be {source.width} wide; the model is {width} wide there.",
+                hint=f"Take the source from the model: StudiedModel.source({source.site!r}).",
+            )
 
 
 def storage_dtype(models: Mapping[str, StudiedModel]) -> torch.dtype:

@@ -52,6 +52,13 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     return model.to(device)
 
 
+def empty_model(config: ModelConfig) -> PreTrainedModel:
+    """The model that `config` names, with its shapes and without its weights."""
+    settings = _settings(config)
+    with torch.device("meta"):
+        return _loader(settings).from_config(settings, trust_remote_code=False)
+
+
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """The tokenizer beside the model that `config` names."""
     from transformers import AutoTokenizer
@@ -110,7 +117,7 @@ def _not_found(config: ModelConfig, error: Exception) -> ModelNotFound:
     return ModelNotFound(
         f"no usable model or tokenizer in the {where} {config.path!r}{revision}.",
         details=[f"transformers said: {str(error).strip().splitlines()[0][:300]}"],
-        hint="A model needs config.json, *.safetensors and tokenizer files. Check the path, the network, and access rights.",
+        hint="A model needs config.json, *.safetensors and tokenizer files. Check path, network and access rights.",
     )
 
 

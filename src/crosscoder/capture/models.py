@@ -1,7 +1,7 @@
 """`StudiedModel`: the one door to a language model. Read its activations at named sites, or replace them.
 
-Which tensor a site names is settled in `architectures` and proved on loading in `selfcheck`. Everything goes through plain
-forward hooks; a read stops the forward at the deepest site asked for and never runs the head.
+Which tensor a site names is settled in `architectures` and proved on loading in `selfcheck`. Everything goes through
+plain forward hooks; a read stops the forward at the deepest site asked for and never runs the head.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class StudiedModel:
     ) -> dict[str, Float[Tensor, "batch positions _"]]:
         """Activations at `sites`, under the names asked for; what `replace` puts in force is seen.
 
-        The forward stops after the deepest site. With a cache it runs through all blocks, so that the cache stays whole.
+        The forward stops after the deepest site. With a cache it runs through all blocks, so that the cache stays
+        whole.
         """
         wanted = {site: canonical_site(site) for site in sites}
         seen: dict[str, Tensor] = {}
@@ -139,7 +140,8 @@ class StudiedModel:
         """While the block runs, every forward has `fn(x, position_ids)` at `site` in place of `x`.
 
         `position_ids` are absolute: right too when `generate` feeds one token at a time to a key-value cache, and with
-        left padding (a text's first token is at 0). At `resid_mid` both the MLP and the residual branch get the new value.
+        left padding (a text's first token is at 0). At `resid_mid` both the MLP and the residual branch get the new
+        value.
         """
         tracker = PositionTracker(self.architecture.stem)
 

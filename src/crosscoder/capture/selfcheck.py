@@ -1,9 +1,9 @@
 """Proves, on the model itself, that every site is where the table says.
 
 On a dozen made-up tokens, in one forward pass:
-  `embed` and `layers.l.resid_post` equal the model's own hidden states (all but the last, which is after the final norm);
-  the branches add up: resid_pre + attn_out = resid_mid, resid_mid + mlp_out = resid_post (or the family's own equation);
-  final norm and head of the last resid_post give the model's logits.
+  `embed` and `layers.l.resid_post` equal the model's own hidden states (all but the last, which is after the final
+  norm); the branches add up: resid_pre + attn_out = resid_mid, resid_mid + mlp_out = resid_post (or the family's own
+  equation); final norm and head of the last resid_post give the model's logits.
 All values come from one forward, so each sum must hold to the last bit or two of the model's dtype.
 """
 
@@ -88,9 +88,7 @@ def _against_hidden_states(
 def _sums(architecture: Architecture, seen: Mapping[str, Tensor]) -> Iterator[str]:
     for layer in range(architecture.num_layers):
         pre = seen["embed" if layer == 0 else f"layers.{layer - 1}.resid_post"]
-        here = {
-            site.rpartition(".")[2]: x for site, x in seen.items() if site.startswith(f"layers.{layer}.")
-        }
+        here = {site.rpartition(".")[2]: x for site, x in seen.items() if site.startswith(f"layers.{layer}.")}
         for total, parts in _equations(architecture, layer, {"resid_pre": pre, **here}):
             if not _close(*parts, scale=here[total].abs() + pre.abs()):
                 yield f"layers.{layer}.{total}  is not the sum of its parts"

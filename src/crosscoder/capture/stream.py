@@ -5,8 +5,9 @@
     then    the next fill, from where the text was left
 
 A batch may end one fill and begin the next, so every row of a fill is served exactly `passes` times. The place in the
-stream is (the text's place at the start of the fill, the fill's number, rows served) and belongs to the last batch that was
-delivered; permutations depend on (seed, fill, pass) alone, so resuming replays at most one fill and gives the same batches.
+stream is (the text's place at the start of the fill, the fill's number, rows served) and belongs to the last batch
+that was delivered; permutations depend on (seed, fill, pass) alone, so resuming replays at most one fill and gives the
+same batches.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from crosscoder.activations import Batch, Rows, State
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.buffer import RowBuffer, bytes_per_row
 from crosscoder.capture.corpus import Corpus
-from crosscoder.capture.harvest import Harvest, storage_dtype
+from crosscoder.capture.harvest import Harvest, check_sources, storage_dtype
 from crosscoder.capture.models import StudiedModel
-from crosscoder.capture.readers import ContextReader, reader_of
+from crosscoder.capture.readers import reader_of
 from crosscoder.capture.vocabularies import check_vocabularies
 from crosscoder.errors import ConfigError, RunConflict, TextError
 from crosscoder.progress import Progress, silent
@@ -68,8 +69,9 @@ class ActivationStream:
         dtype: torch.dtype | None = None,
         progress: Progress = silent,
     ) -> None:
-        used = {alias: models[alias] for alias in sources.models if alias in models}
-        self._harvest = Harvest(models, sources, batch_tokens, dtype or storage_dtype(used))
+        check_sources(models, sources)
+        used = {alias: models[alias] for alias in sources.models}
+        self._harvest = Harvest(used, sources, batch_tokens, dtype or storage_dtype(used))
         check_vocabularies(used, expected=text.vocabulary)
         _check_length(used, text)
         self._text = text
