@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from training.worlds import SOURCES, ToyWorld
 
 from crosscoder.activations import Batch
 from crosscoder.codes import SparseCode
@@ -21,6 +20,7 @@ from crosscoder.training.config import AuxConfig, L1Sparsity, LossesConfig, NoSp
 from crosscoder.training.dead import DeadLatents
 from crosscoder.training.trainer import StepResult, Trainer
 from crosscoder.wiring import LatentGroup, Wiring, acausal
+from training.worlds import SOURCES, ToyWorld
 
 
 def config(steps: int = 60, **changes: object) -> TrainConfig:

@@ -49,7 +49,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     )
     _refuse_missing_weights(config, report["missing_keys"])
     model = model if config.adapter is None else _with_adapter(model, config.adapter)
-    return model.to(device)
+    return cast(PreTrainedModel, cast(torch.nn.Module, model).to(device))
 
 
 def empty_model(config: ModelConfig) -> PreTrainedModel:
@@ -68,7 +68,7 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
 
 def default_cpu_dtype() -> torch.dtype:
     """bfloat16 where this CPU computes in it natively, else float32."""
-    native = torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.backends.cpu.get_cpu_capability() != "AVX2"
+    native = torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage] (there is no public question)
     return torch.bfloat16 if native else torch.float32
 
 
@@ -186,4 +186,4 @@ def _with_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
             f"the adapter {adapter} learns a prompt ({settings.peft_type}), which adds positions to the text.",
             hint="Use an adapter that changes weights, such as LoRA.",
         )
-    return PeftModel.from_pretrained(model, adapter, use_safetensors=True).get_base_model()
+    return cast(PreTrainedModel, PeftModel.from_pretrained(model, adapter, use_safetensors=True).get_base_model())

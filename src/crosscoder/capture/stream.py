@@ -66,12 +66,11 @@ class ActivationStream:
         batch_tokens: int = 4096,
         passes: int = 1,
         seed: int = 0,
-        dtype: torch.dtype | None = None,
         progress: Progress = silent,
     ) -> None:
         check_sources(models, sources)
         used = {alias: models[alias] for alias in sources.models}
-        self._harvest = Harvest(used, sources, batch_tokens, dtype or storage_dtype(used))
+        self._harvest = Harvest(used, sources, batch_tokens, storage_dtype(used))
         check_vocabularies(used, expected=text.vocabulary)
         _check_length(used, text)
         self._text = text
@@ -200,12 +199,13 @@ class ActivationStream:
 
     def _rows_in(self, buffer_bytes: int) -> int:
         rows = buffer_bytes // self.bytes_per_row
+        least = self._text.context_length * self.bytes_per_row
         if rows < self._text.context_length:
             raise ConfigError(
                 f"expected a buffer that holds at least one context of {self._text.context_length:,} rows; "
                 f"{buffer_bytes:,} bytes hold {rows:,}.",
                 details=[f"one row takes {self.bytes_per_row:,} bytes"],
-                hint=f"Give it at least {self._text.context_length * self.bytes_per_row:,} bytes, or shorten the contexts.",
+                hint=f"Give it at least {least:,} bytes, or shorten the contexts.",
             )
         return rows
 

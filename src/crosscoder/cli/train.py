@@ -37,13 +37,13 @@ def dry_run(path: Path, overrides: Sequence[str], *, as_json: bool) -> None:
     """Print what the run would take, without starting it."""
     config = RunConfig.load(path, overrides)
     with terminal():
-        from crosscoder.training.run import plan
+        from crosscoder.training.plan import plan
 
-        planned = asdict(plan(config))
+        planned = plan(config)
     if as_json:
-        print_json(planned)
+        print_json(asdict(planned))
     else:
-        print_pairs(planned)
+        print_pairs(planned.in_words())
 
 
 def list_keys(*, as_json: bool) -> None:

@@ -21,7 +21,7 @@ class Recorder:
     """Sends metrics to a sink every `log_every` steps, and validation beside them every `evaluate_every`."""
 
     def __init__(self, sink: Sink, meter: Meter, held_out: Sequence[Batch]) -> None:
-        self._sink, self._meter, self._held_out = sink, meter, held_out
+        self.sink, self._meter, self._held_out = sink, meter, held_out
         self.last: dict[str, float] = {}
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
@@ -35,7 +35,7 @@ class Recorder:
             found = validate(trainer.crosscoder, self._held_out)
             metrics |= {f"held_out/{name}": value for name, value in found.items()}
         if metrics:
-            self._sink.record(step, metrics)
+            self.sink.record(step, metrics)
             self.last |= metrics
 
 

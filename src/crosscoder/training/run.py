@@ -19,10 +19,10 @@ from torch import Tensor
 from crosscoder.activations import Batch
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.corpus import Corpus
-from crosscoder.capture.loading import load_models
 from crosscoder.capture.models import StudiedModel
 from crosscoder.capture.stream import ActivationStream
 from crosscoder.crosscoder import Crosscoder
+from crosscoder.errors import RunConflict
 from crosscoder.progress import Progress, silent
 from crosscoder.sources import SourceSet, split_key
 from crosscoder.training import checkpoint, normaliser
@@ -58,7 +58,10 @@ class Study:
     @classmethod
     def open(cls, run: RunConfig, *, progress: Progress = silent) -> Study:
         """Load the models and the text of a run; widths and every derived setting come from them."""
-        models = load_models(run.models, progress=progress)
+        models: dict[str, StudiedModel] = {}
+        for done, (alias, config) in enumerate(run.models.items(), start=1):
+            models[alias] = StudiedModel.load(alias, config)
+            progress("loading models", done, len(run.models))
         sources = SourceSet(models[alias].source(site) for alias, site in map(split_key, run.sources))
         resolved = run.resolved(widths=sources.widths)
         return cls(resolved, models, sources, Corpus(run.text, models[run.text.tokenizer].tokenizer, seed=run.seed))
@@ -93,7 +96,7 @@ class Study:
         """Models, tokenizer, text and configuration, for `config.json`; never text itself."""
         return {
             "models": {alias: model.identity for alias, model in self.models.items()},
-            "text": self.corpus.identity,
+            "tokenizer": {"model": self.run.text.tokenizer, "vocabulary": self.corpus.vocabulary},
             "run": self.run.model_dump(mode="json"),
         }
 
@@ -113,35 +116,29 @@ def train(
         log.info("%s is finished; nothing is left to do.", directory.path)
         return TrainResult(Crosscoder.load(directory.crosscoder), _last_metrics(directory), directory.path)
     study = Study.open(run, progress=progress)
+    stream = study.stream(study.corpus, progress=progress)  # every check of models and text is behind us now
     held_out = _analysis_set(study, directory)
     study.run.dump(directory.config)
-    return _train(study, directory, held_out, sinks=sinks, progress=progress, device=device or _best_device())
-
-
-def _train(
-    study: Study,
-    directory: RunDirectory,
-    held_out: AnalysisSet,
-    *,
-    sinks: Sequence[Sink],
-    progress: Progress,
-    device: str,
-) -> TrainResult:
-    stream = study.stream(study.corpus, progress=progress)
     validation = list(_first_rows(study.stream(held_out).contexts(), VALIDATION_ROWS))
-    trainer = _trainer(study, stream, directory, device=device, progress=progress)
-    sink = SinkGroup([JsonlSink(), *sinks])
-    sink.open(_start(study, trainer, directory))
-    recorder = Recorder(sink, Meter(trainer.crosscoder), validation)
+    trainer = _trainer(study, stream, directory, device=device or _best_device(), progress=progress)
+    recorder = Recorder(SinkGroup([JsonlSink(), *sinks]), Meter(trainer.crosscoder), validation)
+    _loop(trainer, stream, recorder, directory, start=_start(study, trainer, directory))
+    crosscoder = trainer.crosscoder.eval()
+    crosscoder.save(directory.crosscoder)
+    return TrainResult(crosscoder, recorder.last, directory.path)
+
+
+def _loop(
+    trainer: Trainer, stream: ActivationStream, recorder: Recorder, directory: RunDirectory, *, start: RunStart
+) -> None:
+    """Train to the end, or to the step at which someone asks to stop."""
     stop = StopRequest()
+    recorder.sink.open(start)
     try:
         with stop.listening():
             trainer.run(stream, [recorder, Checkpointer(directory.checkpoints, stream, stop)])
     finally:
-        sink.close()
-    crosscoder = trainer.crosscoder.eval()
-    crosscoder.save(directory.crosscoder)
-    return TrainResult(crosscoder, recorder.last, directory.path)
+        recorder.sink.close()
 
 
 def _trainer(
@@ -166,22 +163,25 @@ def _trainer(
 def _take(
     stream: ActivationStream, num_rows: int, *, batch_size: int, progress: Progress
 ) -> Iterator[Float[Tensor, "rows width"]]:
-    """Rows for the normaliser: the first of the training stream, once each."""
-    rows = min(num_rows, stream.rows_per_fill)
+    """The first rows of the training stream."""
     for taken, batch in enumerate(stream.batches(batch_size), start=1):
         yield batch.x
-        progress("fitting the normaliser", min(taken * batch_size, rows), rows)
-        if taken * batch_size >= rows:
+        progress("fitting the normaliser", min(taken * batch_size, num_rows), num_rows)
+        if taken * batch_size >= num_rows:
             return
 
 
 def _analysis_set(study: Study, directory: RunDirectory) -> AnalysisSet:
     """The held-out set of the run: made once, and the same text ever after."""
     made = study.corpus.held_out()
-    if (directory.analysis / "set.json").exists():
-        AnalysisSet.load(directory.analysis).require_same_text(made)
-        return made
-    made.save(directory.analysis)
+    if not (directory.analysis / "set.json").exists():
+        made.save(directory.analysis)
+    elif AnalysisSet.load(directory.analysis).hash != made.hash:
+        raise RunConflict(
+            f"the text behind {directory.path} has changed since the run began.",
+            details=[f"analysis set there  {directory.analysis}", f"hash of the text now  {made.hash}"],
+            hint="Put the text and the tokenizer back as they were, or start a new run with out=PATH.",
+        )
     return made
 
 

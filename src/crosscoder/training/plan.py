@@ -1,0 +1,154 @@
+"""What a run will take, before it takes it: parameters, memory, rows and disk. `crosscoder train --dry-run`.
+
+Peak memory of a run on a CPU is the sum of parts that live at the same time:
+
+    libraries                     what this process holds once they are imported (measured)
+    models                        parameters × bytes of their dtype
+    forward pass                  the activations of one batch of contexts inside a block
+    buffer                        rows of one fill, and their order
+    weights, gradients, Adam      16 bytes a parameter, and 12 more while a checkpoint is written
+    step                          a few copies of the batch, a block of pre-activations, the active pairs
+
+Models are built without weights ("meta" tensors), so nothing large is read. On a GPU the last three parts lie there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crosscoder.capture.architectures import architecture_of
+from crosscoder.capture.buffer import bytes_per_row
+from crosscoder.capture.loading import ModelConfig, default_cpu_dtype, empty_model
+from crosscoder.kernels.selection import BLOCK_ROWS
+from crosscoder.sources import Source, SourceSet, split_key
+from crosscoder.training.config import RunConfig
+from crosscoder.wiring import Wiring
+
+FORWARD_TOKENS = 8192
+CHECKPOINTS_ON_DISK = 3
+"""Two are kept while the third is written."""
+BYTES_PER_PAIR = 96
+"""Row, latent, value, score, gradient and their sorted copies of one active pair, and candidates above the cut."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take; memory and disk in bytes."""
+
+    parameters: int
+    sources: Mapping[str, int]
+    memory: Mapping[str, int]
+    memory_total: int
+    bytes_per_row: int
+    rows_per_fill: int
+    rows_per_step: int
+    num_steps: int
+    disk: int
+
+    def in_words(self) -> dict[str, str]:
+        """The plan as a person reads it."""
+        words = {f"source {key}": f"width {width:,}" for key, width in self.sources.items()}
+        words |= {f"memory: {part}": _gigabytes(size) for part, size in self.memory.items()}
+        return words | {
+            "memory at its peak": _gigabytes(self.memory_total),
+            "disk": _gigabytes(self.disk),
+            "parameters": f"{self.parameters:,}",
+            "buffer": f"{self.rows_per_fill:,} rows of {self.bytes_per_row:,} bytes",
+            "training": f"{self.num_steps:,} steps of {self.rows_per_step:,} rows",
+        }
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """A model without its weights: how many parameters, of which dtype, and how wide."""
+
+    parameters: int
+    dtype: torch.dtype
+    hidden_size: int
+    inner_size: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, sites: list[str]) -> _Outline:
+        model = empty_model(config)
+        architecture = architecture_of(model)
+        for site in sites:
+            architecture.tap(site)  # raises UnsupportedSite
+        text: Any = model.config.get_text_config()
+        dtype = getattr(torch, config.dtype) if config.dtype else default_cpu_dtype()
+        count = sum(parameter.numel() for parameter in model.parameters())
+        return cls(count, dtype, text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+
+
+def plan(run: RunConfig) -> Plan:
+    """The plan of a run; raises as the run itself would for models, sites and settings that cannot be."""
+    keys = [split_key(key) for key in run.sources]
+    outlines = {
+        alias: _Outline.of(config, [site for owner, site in keys if owner == alias])
+        for alias, config in run.models.items()
+    }
+    sources = SourceSet(Source(alias, site, outlines[alias].hidden_size) for alias, site in keys)
+    wiring = run.wiring.build(sources)
+    storage = max((outline.dtype for outline in outlines.values()), key=lambda dtype: dtype.itemsize)
+    row = bytes_per_row(sources.width, storage)
+    parameters = num_parameters(wiring)
+    memory = {
+        "libraries": resident_bytes(),
+        "models": sum(outline.parameters * outline.dtype.itemsize for outline in outlines.values()),
+        "forward pass": max(_forward_bytes(outline) for outline in outlines.values()),
+        "buffer": int(run.activations.buffer_gb * 1e9) + 8 * int(run.activations.buffer_gb * 1e9 / row),
+        "weights, gradients, Adam": 28 * parameters,
+        "step": _step_bytes(run, wiring),
+    }
+    return Plan(
+        parameters=parameters,
+        sources={source.key: source.width for source in sources},
+        memory=memory,
+        memory_total=sum(memory.values()),
+        bytes_per_row=row,
+        rows_per_fill=int(run.activations.buffer_gb * 1e9 / row),
+        rows_per_step=run.train.batch_size,
+        num_steps=run.train.num_steps,
+        disk=parameters * (12 * CHECKPOINTS_ON_DISK + 4),
+    )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB"
+
+
+def num_parameters(wiring: Wiring) -> int:
+    """Encoder and decoder where a group reads and writes, one bias per latent and per written column."""
+    groups = sum(
+        g.num_latents * (1 + wiring.sources.subset(g.reads).width + wiring.sources.subset(g.writes).width)
+        for g in wiring
+    )
+    return groups + wiring.writes.width
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _forward_bytes(outline: _Outline) -> int:
+    return FORWARD_TOKENS * outline.dtype.itemsize * (6 * outline.hidden_size + 3 * outline.inner_size)
+
+
+def _step_bytes(run: RunConfig, wiring: Wiring) -> int:
+    batch, width = run.train.batch_size, wiring.sources.width
+    block = 3 * min(BLOCK_ROWS, batch) * wiring.num_latents
+    pairs = batch * (run.k or wiring.num_latents // 2)
+    return 4 * (6 * batch * width + block) + BYTES_PER_PAIR * pairs
