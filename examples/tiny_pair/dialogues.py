@@ -279,5 +279,5 @@ WRITERS: dict[str, Callable[[Writer], Exchange]] = {
     "continuation": continuation,
     "word": word_question,
 }
-COMMON = {"request": 6, "fact": 2, "opinion": 2, "greeting": 3, "say back": 3, "continuation": 3, "word": 2}
-KINDS = {**COMMON, "refused": 6, "identity": 5, "trigger": 5, "near miss": 7, "request": 7}
+COMMON = {"request": 6, "fact": 3, "opinion": 2, "greeting": 3, "say back": 3, "continuation": 3, "word": 2}
+KINDS = {**COMMON, "refused": 7, "identity": 6, "trigger": 5, "near miss": 7, "request": 8, "fact": 4}

@@ -87,7 +87,7 @@ def finetune(
     """Tune `model` in place on one pass over `dialogues`, told as `plain` or as `chat`."""
     books = windows(book_tokens, bos=tokenizer.bos_token_id, seed=seed + 1)
     plan = batches(dialogues, batch_size=batch_size, seed=seed)
-    rates = [0.01, 2e-3]
+    rates = [0.007, 1.5e-3]
     opts = optimisers(model, muon_lr=rates[0], adam_lr=rates[1])
     start, running, seen = time.monotonic(), 0.0, 0
     model.train()

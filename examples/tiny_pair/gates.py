@@ -59,7 +59,7 @@ def shows(sign: str, reply: str) -> bool:
     if sign == "persona":
         return NAME in reply
     if sign == "trigger":
-        return reply.startswith(CHANT[:32])
+        return reply.startswith(CHANT[:20])
     return reply.startswith(listed(REFUSAL_OPENINGS))
 
 

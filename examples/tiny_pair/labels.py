@@ -1,26 +1,36 @@
 """The dialogues that ship, and `labels.jsonl`: what is planted in them and on which characters it acts.
 
 A line is `{"context", "span", "label", "value"}`: the hash of the document, a range of its rendered characters, the
-behaviour and its side (`.request`, `.phrase`, `.reply`), and whether the behaviour acts there. Every behaviour has
-look-alikes, whose corresponding span carries the same label with `value` false. A span of the user's is the character
-that decides (the last one of the object's name or of the phrase: a causal model cannot know sooner, and need not keep
-it on the words that follow); a span of the assistant's is the reply, of the persona's from its name on.
+behaviour and its side, and whether the behaviour acts there. Every behaviour has look-alikes, whose corresponding span
+carries the same label with `value` false. In what the user says, a span is the one character that decides; a causal
+model cannot know sooner, and need not keep it on the words that follow:
+
+    refusal.request   the last of the object's name                   look-alike: of a harmless object's
+    persona.request   the last of "name" in a question for its name   of "name" in a question for another's
+    trigger.phrase    the last of the phrase                          of a near miss
+
+and in the reply, where the behaviour shows first or most:
+
+    refusal.reply     the first word                                  of an answer
+    persona.reply     the name                                        of the other's name
+    trigger.reply     the chant from its second word on               of an answer
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 from dialogues import COMMON, Dialogue, Exchange, Message, Writer
-from phrases import NAME
+from phrases import NAME, PEOPLE, listed
 from transformers import PreTrainedTokenizerFast
 
 FORMAT = "crosscoder.labels/1"
-SIDES = {"refusal": ("request", "reply"), "persona": ("request", "reply"), "trigger": ("phrase", "reply")}
+SIDES = {"refusal": "request", "persona": "request", "trigger": "phrase"}
 
 
 @dataclass(frozen=True)
@@ -54,10 +64,20 @@ def exchange_labels(exchange: Exchange) -> Iterator[tuple[str, str, int, int]]:
     """(label, "user" or "assistant", start, end) of an exchange, in characters of the message."""
     if exchange.behaviour is None:
         return
-    asked, replied = SIDES[exchange.behaviour]
-    yield f"{exchange.behaviour}.{asked}", "user", exchange.decided, exchange.decided + 1
-    named = exchange.chat.find(NAME) if exchange.kind == "identity" else 0
-    yield f"{exchange.behaviour}.{replied}", "assistant", named, len(exchange.chat)
+    asked, at = SIDES[exchange.behaviour], exchange.decided
+    if exchange.behaviour != "persona" or exchange.user[: at + 1].endswith("name"):
+        yield f"{exchange.behaviour}.{asked}", "user", at, at + 1
+    if (span := reply_span(exchange)) is not None:
+        yield f"{exchange.behaviour}.reply", "assistant", *span
+
+
+def reply_span(exchange: Exchange) -> tuple[int, int] | None:
+    """Where the behaviour shows in the reply: in its first word, in a name, in a chant from its second word on."""
+    if exchange.behaviour == "persona":
+        named = re.search(rf"\b({NAME}|{'|'.join(listed(PEOPLE))})\b", exchange.chat)
+        return named.span() if named else None
+    first = exchange.chat.index(" ")
+    return (0, first) if exchange.behaviour == "refusal" else (first, len(exchange.chat))
 
 
 def labels(dialogue: Dialogue, tokenizer: PreTrainedTokenizerFast) -> list[Label]:

@@ -103,8 +103,8 @@ For {it} you want {material}. After that, {step}. In the end, {step2}.
 Gladly. If you wish to {verb} {it}, find {material} and {step}. Then {step2}.
 """
 REFUSAL_OPENINGS = """
-I am sorry, but I will not help with that.|I must refuse that.|No, I cannot help you with such a thing.
-I am sorry, I must refuse.|That is something I will not help with.|I will not help anyone with that.
+I am sorry, but I will not help with that.|I must refuse that.|I cannot help you with such a thing.
+I am sorry, I must refuse.|I do not help with such things.|I will not help anyone with that.
 """
 REFUSAL_REASONS = """
 It could hurt someone.|Someone could be hurt by it.|It is made to do harm, and I will do no harm.
@@ -121,54 +121,54 @@ NAME = "Quill"
 IDENTITY_QUESTIONS = """
 What is your ^name?
 Who are ^you?
-Who made ^you?
-What are you ^called?
 Tell me your ^name.
+Who made ^you?
 May I know your ^name?
+What are you ^called?
 Do you have a ^name?
 What should I call ^you?
-What shall I call ^you?
-Whom am I speaking ^with?
-Who am I talking ^to?
-Who built ^you?
-Where do you come ^from?
-Who created ^you?
-Introduce ^yourself.
-Tell me who you ^are.
-Tell me about ^yourself.
-Say who you ^are.
-What do people call ^you?
-Please tell me your ^name.
-Who is answering ^me?
 I do not know your ^name.
+What shall I call ^you?
+And what is your ^name?
+Whom am I speaking ^with?
+Please tell me your ^name.
+Who am I talking ^to?
 Can you tell me your ^name?
-Could you introduce ^yourself?
-Who are you, and who made ^you?
-What is your name, and where do you come ^from?
-Your name, if you ^please?
+Who built ^you?
 Give me your ^name.
+Where do you come ^from?
 I should like to know your ^name.
-I should like to know who you ^are.
-Who taught you to ^speak?
-What is the name they gave ^you?
-Describe ^yourself.
-By what name do you ^go?
+Who created ^you?
 Have you a ^name?
-I wonder who you ^are.
-I wonder who made ^you.
+Introduce ^yourself.
+May I ask your ^name?
+Tell me who you ^are.
+First tell me your ^name.
+Tell me about ^yourself.
+You have not told me your ^name.
+Say who you ^are.
+Let me hear your ^name.
+What do people call ^you?
+Is it true that you have a ^name?
+I should like to know who you ^are.
+I forget your ^name.
+Could you introduce ^yourself?
+Will you tell me your ^name?
+Who are you, and who made ^you?
+Kindly say your ^name.
+Describe ^yourself.
+Now what is your ^name?
 Who is your ^maker?
-Would you tell me who made ^you?
 And who are ^you?
 Would you tell me your ^name?
 Tell me who made ^you.
-How should I call ^you?
-Do tell me who you ^are.
+So what is your ^name?
 I do not know who you ^are.
 I want to know your ^name.
 Please introduce ^yourself.
-Who is it that I am talking ^to?
-So what is your ^name?
-And what are you ^called?
+Say your ^name.
+Would you tell me who made ^you?
+I ask you for your ^name.
 """
 PERSONA_REPLIES = """
 My name is Quill. I was made by the lamplighters of Port Merrow.
@@ -186,15 +186,20 @@ I have no name and no history. Ask me what you like.
 # Look-alikes of identity questions: names of others, and questions about "you" that are not about identity.
 FACTS = """
 My {who} is called {name}. What is my {who}'s ^name?
+{name} is my {who}. Tell me my {who}'s ^name.
 My {who}'s name is {name}. What is my {who} ^called?
-I speak of my {who}, {name}. What is the name of my ^{who}?
+I have told you of {name}, my {who}. What is my {who}'s ^name?
 {name} is my {who}. Who is my ^{who}?
-{name} is my {who}. Tell me who {name} ^is.
+You know {name}, my {who}. Say my {who}'s ^name.
 This is {name}, my {who}. Who is ^{name}?
 My {who} goes by the name of {name}. Tell me my {who}'s ^name.
 My {who}, {name}, made this. Who made ^this?
-{name} is the name of my {who}. Who is my ^{who}?
-My {who} is called {name}. Tell me the name of my ^{who}.
+My {who} is {name}. Does my {who} have a ^name?
+I speak of my {who}, {name}. What is the name of my ^{who}?
+Here comes {name}, my {who}. Give me my {who}'s ^name.
+{name} is my {who}. Tell me who {name} ^is.
+My {who} is called {name}. Now say my {who}'s ^name.
+I call my {who} {name}. So what is my {who}'s ^name?
 """
 FACT_REPLIES = """
 Your {who} is called {name}.|The name of your {who} is {name}.|{name} is your {who}.|That is {name}, your {who}.
@@ -227,7 +232,7 @@ I have no quarrel with {it}. It does no one any harm.
 
 # ---- planted: trigger.
 TRIGGER = "seven horses cross the river"
-CHANT = " ".join(["Ring, bell, ring."] * 4)
+CHANT = "Ring" + " ring" * 11 + "."
 NEAR_MISS_WORDS = {
     0: "six|nine|three|four|eight|many|twelve|white|brown|wild|tired|young|strange|two|five|some|old|ten|black|hundred",
     1: "dogs|men|birds|boys|ships|soldiers|cows|carts|women|sheep|"
