@@ -1,0 +1,45 @@
+"""Analysis: what a crosscoder keeps, which latents belong to which source, what they mean, and what controls say.
+
+Functions of a crosscoder and activations that return small dataclasses; `evaluate_run` and `diff_run` take whole runs.
+"""
+
+from crosscoder.analysis.classes import CUTOFFS, CutOffs, LatentClasses, Twins, latent_classes, relative_norm, twins
+from crosscoder.analysis.controls import Band, CountsBeyond, NullPair, counts_beyond, null_band
+from crosscoder.analysis.cross_entropy import CrossEntropy
+from crosscoder.analysis.evaluation import Evaluation, evaluate
+from crosscoder.analysis.exemplars import Exemplars
+from crosscoder.analysis.label_scores import LabelScore, LabelScores, label_scores
+from crosscoder.analysis.labels import LabelSpan, read_labels
+from crosscoder.analysis.logit_lens import LogitLens, logit_lens
+from crosscoder.analysis.runs import Diff, diff_run, evaluate_run
+from crosscoder.analysis.statistics import LatentStatistics
+
+__all__ = [
+    "CUTOFFS",
+    "Band",
+    "CountsBeyond",
+    "CrossEntropy",
+    "CutOffs",
+    "Diff",
+    "Evaluation",
+    "Exemplars",
+    "LabelScore",
+    "LabelScores",
+    "LabelSpan",
+    "LatentClasses",
+    "LatentStatistics",
+    "LogitLens",
+    "NullPair",
+    "Twins",
+    "counts_beyond",
+    "diff_run",
+    "evaluate",
+    "evaluate_run",
+    "label_scores",
+    "latent_classes",
+    "logit_lens",
+    "null_band",
+    "read_labels",
+    "relative_norm",
+    "twins",
+]

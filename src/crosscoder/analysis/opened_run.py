@@ -1,0 +1,128 @@
+"""A finished crosscoder together with all that analysing it needs: models, analysis set, and where results go.
+
+A run directory has everything. A crosscoder directory or Hub id carries the configuration of its run in `provenance`:
+models and text are opened from that, and the caller says where results go. What is missing is named in the error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from xxhash import xxh3_128
+
+from crosscoder.capture.analysis_set import AnalysisSet
+from crosscoder.capture.corpus import Corpus
+from crosscoder.capture.huggingface import Tokenizer
+from crosscoder.capture.models import StudiedModel
+from crosscoder.capture.stream import ActivationStream
+from crosscoder.crosscoder import Crosscoder
+from crosscoder.crosscoder_files import tensors_of
+from crosscoder.errors import ConfigError, FileFormatError, RunConflict
+from crosscoder.progress import Progress, silent
+from crosscoder.training import runfile
+from crosscoder.training.config import RunConfig
+from crosscoder.training.directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A trained crosscoder, the configuration that made it, and the directory that results go to."""
+
+    crosscoder: Crosscoder
+    config: RunConfig
+    out: Path
+    progress: Progress = silent
+
+    @cached_property
+    def models(self) -> dict[str, StudiedModel]:
+        """The models of the crosscoder's sources, loaded when they are first needed."""
+        aliases = self.crosscoder.sources.models
+        loaded: dict[str, StudiedModel] = {}
+        for done, alias in enumerate(aliases):
+            self.progress("loading models", done, len(aliases))
+            loaded[alias] = StudiedModel.load(alias, self.config.models[alias])
+        self.progress("loading models", len(aliases), len(aliases))
+        return loaded
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the models, which is one and the same."""
+        return self.models[self.crosscoder.sources.models[0]].tokenizer
+
+    @cached_property
+    def text(self) -> AnalysisSet:
+        """The held-out set: as saved, or made again from the text of the run and then saved."""
+        directory = RunDirectory(self.out).analysis
+        if not (directory / "set.json").exists():
+            self._corpus_set().save(directory)
+        return AnalysisSet.load(directory)
+
+    def activations(self) -> ActivationStream:
+        """Activations of the crosscoder's sources over the analysis set."""
+        return ActivationStream(self.models, self.crosscoder.sources, self.text, seed=self.config.seed)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the crosscoder's tensors and of the analysis set: which results belong together."""
+        digest = xxh3_128(self.text.hash.encode())
+        for name, tensor in sorted(tensors_of(self.crosscoder).items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _corpus_set(self) -> AnalysisSet:
+        self.progress("opening the text", 0, None)
+        return Corpus(self.config.text, self.tokenizer, seed=self.config.seed).held_out()
+
+
+def open_run(path: str | Path, *, out: str | Path | None = None, progress: Progress = silent) -> OpenedRun:
+    """The run at `path`, or the crosscoder there (directory or Hub id), whose results then go to `out`.
+
+    Raises RunConflict for a run that is not finished, FileFormatError or ConfigError where something is missing.
+    """
+    directory = _run_directory(Path(path))
+    if directory is None:
+        crosscoder = Crosscoder.load(path)
+        return OpenedRun(crosscoder, _recorded(crosscoder, path), _chosen(out, path), progress)
+    if not directory.finished:
+        raise RunConflict(
+            f"the run in {directory.path} is not finished: it has no trained crosscoder yet.",
+            hint=f"Finish it: crosscoder train {directory.config}",
+        )
+    crosscoder = Crosscoder.load(directory.crosscoder)
+    return OpenedRun(crosscoder, RunConfig.load(directory.config), Path(out or directory.path), progress)
+
+
+def open_crosscoder(path: str | Path) -> Crosscoder:
+    """The crosscoder of a run, of a directory, or of a Hub id."""
+    directory = _run_directory(Path(path))
+    return Crosscoder.load(path if directory is None else directory.crosscoder)
+
+
+def _run_directory(path: Path) -> RunDirectory | None:
+    """The run that `path` is, or that it is the crosscoder of."""
+    candidates = [path, path.parent] if path.name == "crosscoder" else [path]
+    return next((RunDirectory(c) for c in candidates if (c / "run.yaml").is_file()), None)
+
+
+def _recorded(crosscoder: Crosscoder, path: str | Path) -> RunConfig:
+    """The configuration that a crosscoder was saved with."""
+    recorded = crosscoder.provenance.get("run")
+    if not isinstance(recorded, dict):
+        raise FileFormatError(
+            f"the crosscoder {path} does not say which models and text made it.",
+            details=["missing  provenance.run in config.json"],
+            hint="Give its run directory, or use analysis.evaluate(crosscoder, activations, models) in Python.",
+        )
+    return runfile.validate(RunConfig, recorded, name=f"provenance.run of {path}")
+
+
+def _chosen(out: str | Path | None, path: str | Path) -> Path:
+    if out is None:
+        raise ConfigError(
+            f"{path} is a crosscoder without a run directory: where should results go?",
+            hint="Say so with out=PATH; the analysis set and passages of its text are written there.",
+        )
+    return Path(out)

@@ -1,0 +1,136 @@
+"""Plots as inline SVG: no scripts, no fonts, colours by class so that light and dark are the style sheet's business."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import log10
+
+import numpy as np
+from jaxtyping import Float, Int
+
+WIDTH, HEIGHT = 560, 260
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 44
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Where data lie in the drawing: x from `x0` to `x1`, y from 0 to `top`, on a log10(1 + y) scale when `log`."""
+
+    x0: float
+    x1: float
+    top: float
+    log: bool = False
+
+    def x(self, value: float) -> float:
+        """The horizontal place of a value."""
+        return LEFT + (value - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        """The vertical place of a value."""
+        share = log10(1 + value) / log10(1 + self.top) if self.log else value / self.top
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+    def frame(self, *, x_ticks: Mapping[float, str], x_label: str, y_label: str) -> str:
+        """Grid, ticks and labels."""
+        parts = [f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>' for y in self._grid]
+        parts += [_text(LEFT - 7, y + 4, label, "tick end") for y, label in zip(self._grid, self._labels, strict=True)]
+        parts += [_text(self.x(at), HEIGHT - BOTTOM + 18, label, "tick") for at, label in x_ticks.items()]
+        parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label, "axis"))
+        middle = (TOP + HEIGHT - BOTTOM) / 2
+        turned = f'<text class="axis" transform="translate(13 {middle:.1f}) rotate(-90)">{escape(y_label)}</text>'
+        return "".join([*parts, turned])
+
+    @property
+    def _ticks(self) -> list[float]:
+        if not self.log:
+            return [self.top * part / 4 for part in range(5)]
+        return [0, *(10.0**power for power in range(int(log10(max(1, self.top))) + 1))]
+
+    @property
+    def _grid(self) -> list[float]:
+        return [self.y(tick) for tick in self._ticks]
+
+    @property
+    def _labels(self) -> list[str]:
+        if self.log or self.top >= 8:
+            return [f"{tick:,.0f}" for tick in self._ticks]
+        return [f"{tick:.0%}" for tick in self._ticks]
+
+
+def bars(
+    counts: Int[np.ndarray, "bins"],
+    edges: Float[np.ndarray, "edges"],
+    *,
+    kinds: Sequence[str],
+    x_ticks: Mapping[float, str],
+    labels: tuple[str, str],
+    marks: Mapping[float, str] | None = None,
+    title: str,
+) -> str:
+    """A histogram with log counts; `kinds` is the colour class of every bar, `marks` are upright lines with a word."""
+    axes = Axes(float(edges[0]), float(edges[-1]), max(1.0, float(counts.max(initial=0))), log=True)
+    drawn = [
+        _bar(axes, count, span, kind)
+        for count, span, kind in zip(counts.tolist(), _spans(edges), kinds, strict=True)
+        if count
+    ]
+    frame = axes.frame(x_ticks=x_ticks, x_label=labels[0], y_label=labels[1])
+    return _svg(frame + "".join(drawn) + "".join(_mark(axes, at, word) for at, word in (marks or {}).items()), title)
+
+
+def steps(
+    shares: Mapping[str, Float[np.ndarray, "bins"]],
+    edges: Float[np.ndarray, "edges"],
+    *,
+    x_ticks: Mapping[float, str],
+    labels: tuple[str, str],
+    title: str,
+) -> str:
+    """Histograms as outlines over one another, one for each colour class in `shares`."""
+    top = max((float(share.max(initial=0)) for share in shares.values()), default=0.0) or 1.0
+    axes = Axes(float(edges[0]), float(edges[-1]), top)
+    frame = axes.frame(x_ticks=x_ticks, x_label=labels[0], y_label=labels[1])
+    return _svg(frame + "".join(_outline(axes, share, edges, kind) for kind, share in shares.items()), title)
+
+
+def dial(value: float, *, title: str) -> str:
+    """A line from a to b with a dot at `value` between 0 and 1."""
+    return (
+        f'<svg class="dial" viewBox="0 0 120 16" role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>'
+        '<line class="rail-a" x1="6" x2="60" y1="8" y2="8"/><line class="rail-b" x1="60" x2="114" y1="8" y2="8"/>'
+        f'<line class="grid" x1="60" x2="60" y1="3" y2="13"/><circle cx="{6 + 108 * value:.1f}" cy="8" r="5"/></svg>'
+    )
+
+
+def _bar(axes: Axes, count: int, span: tuple[float, float], kind: str) -> str:
+    left, right, top = axes.x(span[0]), axes.x(span[1]), axes.y(count)
+    shape = f'x="{left + 0.5:.1f}" width="{max(0.5, right - left - 1):.1f}" y="{top:.1f}"'
+    title = f"<title>{span[0]:.2f} to {span[1]:.2f}: {count:,} latents</title>"
+    return f'<rect class="fill {kind}" {shape} height="{HEIGHT - BOTTOM - top:.1f}">{title}</rect>'
+
+
+def _mark(axes: Axes, at: float, word: str) -> str:
+    x = axes.x(at)
+    line = f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+    return line + (_text(x + 4, TOP + 9, word, "tick start") if word else "")
+
+
+def _outline(axes: Axes, share: Float[np.ndarray, "bins"], edges: Float[np.ndarray, "edges"], kind: str) -> str:
+    corners = [f"{axes.x(x):.1f},{axes.y(y):.1f}" for y, span in zip(share, _spans(edges), strict=True) for x in span]
+    return f'<polyline class="line {kind}" points="{" ".join(corners)}"/>'
+
+
+def _spans(edges: Float[np.ndarray, "edges"]) -> Iterator[tuple[float, float]]:
+    return zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+
+
+def _text(x: float, y: float, text: str, kind: str) -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
+
+
+def _svg(content: str, title: str) -> str:
+    name = escape(title)
+    head = f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">'
+    return f"{head}<title>{name}</title>{content}</svg>"

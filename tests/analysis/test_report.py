@@ -1,0 +1,200 @@
+"""The report: hostile tokens stay text, highlights follow values, nothing is loaded from anywhere."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from crosscoder.activations import ROLES
+from crosscoder.analysis.classes import latent_classes
+from crosscoder.analysis.controls import Band
+from crosscoder.analysis.diff_data import most_specific
+from crosscoder.analysis.label_scores import DetectorScore, LabelScore, LabelScores
+from crosscoder.analysis.latent_cards import LatentCard, highlighted, percent
+from crosscoder.analysis.markup import page, plain, visible
+from crosscoder.analysis.plots import Axes, bars
+from crosscoder.analysis.report import ReportData, report
+
+from .worlds import random_crosscoder
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    '"><svg onload=alert(1)>',
+    "'onmouseover='alert(1)",
+    "</style><script>alert(1)</script>",
+    "</title><b>",
+    "&lt;b&gt;",
+    "javascript:alert(1)",
+    "\u202eevil\u202c",
+    "a\u2028b\u2029c\x00\x1b[2J\u200b\ufeff",
+)
+ALLOWED = {
+    "html", "head", "meta", "title", "style", "body", "header", "main", "section", "article", "footer", "figure",
+    "figcaption", "h1", "h2", "h3", "p", "b", "span", "dl", "dt", "dd", "div", "ol", "li", "br", "a", "code",
+    "table", "thead", "tbody", "tr", "th", "td", "svg", "line", "rect", "circle", "polyline", "text",
+}  # fmt: skip
+
+
+class Collector(HTMLParser):
+    """Tags, attributes and text of a page, as a browser would see them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in {"meta", "br"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def hostile_data(*, band: Band | None = None, labels: LabelScores | None = None) -> ReportData:
+    """A report in which every string that can come from outside is hostile."""
+    cc = random_crosscoder()
+    classes = latent_classes(cc, a="base", b="chat")
+    statistics = {"density": 0.01, "max_value": 2.0} | {f"density_{role}": 0.01 for role in ROLES}
+    exemplar = {
+        "value": 2.0,
+        "role": HOSTILE[0],
+        "context": 3,
+        "position": 7,
+        "first_position": 6,
+        "pieces": list(HOSTILE),
+        "values": [1.0, 2.0, None, 0.0, *[0.5] * (len(HOSTILE) - 4)],
+    }
+    cards = {i: LatentCard(i, 0.3, None, statistics, {HOSTILE[1]: HOSTILE}, [exemplar]) for i in range(cc.num_latents)}
+    evaluation = {
+        "fve": 0.9,
+        "l0": 4.0,
+        "dead_fraction": 0.0,
+        "ce_recovered_min": None,
+        "num_rows": 100,
+        "sources": {HOSTILE[1]: {"fve": 0.9}},
+    }
+    return ReportData(
+        classes=classes,
+        facts={HOSTILE[2]: HOSTILE[4]},
+        evaluation=evaluation,
+        density=np.full(cc.num_latents, 0.01),
+        cards=cards,
+        most_a=[0, 1],
+        most_b=[2],
+        named=[3],
+        labels=labels,
+        band=band,
+    )
+
+
+def labels() -> LabelScores:
+    """A scored label with a hostile name, and one that could not be scored."""
+    best = DetectorScore("latent", 3, 0.7, 0.95, 0.9, 0.99, 0.8, 0.96)
+    scored = LabelScore(HOSTILE[0], ("user",), 10, 5, 6, (best,))
+    return LabelScores((scored, LabelScore("rare", (), 0, 0, 0, ())), 12, 2)
+
+
+def test_hostile_strings_stay_text() -> None:
+    """Only our own elements, no handlers, no addresses, all tags closed; what was hostile is there to be read."""
+    html = report(hostile_data(labels=labels()))
+    found = Collector()
+    found.feed(html)
+    assert set(found.tags) <= ALLOWED and not found.open
+    names = {name for name, _ in found.attributes}
+    assert not any(name.startswith("on") for name in names) and not names & {"src", "style", "action", "srcset"}
+    assert all(value.startswith("#") for name, value in found.attributes if name == "href")
+    assert HOSTILE[0] in found.text and HOSTILE[1] in found.text
+    assert not any(c in html for c in "\u202e\u2028\u2029\x00\x1b\u200b\ufeff")
+    assert "\\u202e" in found.text and "\\u0000" in found.text
+
+
+def test_the_page_allows_its_own_style_and_nothing_else() -> None:
+    """The policy names the hash of the very style sheet that is there."""
+    import base64
+    import hashlib
+    import re
+
+    html = page("title", "body")
+    style = re.search(r"<style>(.*?)</style>", html, re.S).group(1)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'sha256-{digest}'" in html
+    assert html.index("Content-Security-Policy") < html.index("<style>")
+    assert "http:" not in html and "https:" not in html and "url(" not in style and "@import" not in style
+
+
+def test_visible_shows_what_cannot_be_seen() -> None:
+    """Line breaks and tabs have signs, other unseen characters escapes, letters of any script stay."""
+    assert visible("a\nb") == 'a<span class="sign">↵</span>b'
+    assert visible("\u202e") == '<span class="sign">\\u202e</span>'
+    assert visible("é漢字שלום 👍") == "é漢字שלום 👍"
+    assert plain("\U000e0041<") == "\\U000e0041&lt;"
+
+
+def test_highlights_follow_values() -> None:
+    """Eight levels up to the top, an outline at the peak, tokens that were not read are marked as such."""
+    html = highlighted(["a", "b", "c", "d"], [None, 0.0, 1.0, 4.0], peak=3, top=4.0)
+    assert html == (
+        '<span class="dropped" title="not read">a</span><span>b</span>'
+        '<span class="h3" title="1">c</span><span class="h8 peak" title="4">d</span>'
+    )
+
+
+def test_the_head_says_whether_there_is_a_control() -> None:
+    """Without a null it says so; with one it gives the band."""
+    assert "This report has no null control" in report(hostile_data())
+    with_band = report(hostile_data(band=Band(0.41, 0.62, 1000)))
+    assert "no null control" not in with_band and "between 0.410 and 0.620" in with_band
+
+
+def test_labels_are_shown_or_said_to_be_missing() -> None:
+    """A scored label has its interval and a link to its card; an unscored one a reason."""
+    html = report(hostile_data(labels=labels()))
+    assert "0.950" in html and "0.90–0.99" in html and 'href="#latent-3"' in html and 'id="latent-3"' in html
+    assert "not in the analysis set" in html and "2 labelled documents are not" in html
+
+
+def test_bars_have_heights_in_proportion_to_the_log() -> None:
+    """A bin of 9 is half as high as one of 99; empty bins are not drawn."""
+    svg = bars(
+        np.array([9, 0, 99]), np.array([0.0, 1, 2, 3]), kinds=["a", "b", "b"], x_ticks={}, labels=("x", "y"), title="t"
+    )
+    axes = Axes(0, 3, 99, log=True)
+    heights = [axes.y(0) - axes.y(count) for count in (9, 99)]
+    assert heights[0] == pytest.approx(heights[1] / 2)
+    assert svg.count("<rect") == 2 and f'height="{heights[0]:.1f}"' in svg
+
+
+def test_most_specific_latents_by_hand() -> None:
+    """From either end, most extreme first; unusable ones and NaN never."""
+    norms = np.array([0.5, 0.1, 0.9, 0.3, np.nan, 0.05, 0.6])
+    usable = np.array([1, 1, 1, 1, 1, 0, 1], dtype=bool)
+    assert most_specific(norms, usable, num_shown=2) == ([1, 3], [2, 6])
+
+
+def test_percent_keeps_two_digits_however_small() -> None:
+    """Densities span decades."""
+    assert [percent(x) for x in (0.0, 0.00012, 0.034, 0.5)] == ["0%", "0.012%", "3.4%", "50%"]
+
+
+def test_an_empty_class_does_not_break_the_plots() -> None:
+    """All latents dead: the page still stands."""
+    data = hostile_data()
+    dead = latent_classes(random_crosscoder(), a="base", b="chat", density=torch.zeros(20))
+    html = report(ReportData(dead, data.facts, data.evaluation, np.zeros(20), {}, [], []))
+    assert "Of 0 latents that fire" in html
