@@ -124,7 +124,9 @@ def test_one_source_is_a_batch_top_k_sae() -> None:
     mine = (cc.normalise(x) - cc.decode_normalised(cc.encode_normalised(cc.normalise(x)))).pow(2).sum(1).mean()
     mine.backward()
     torch.testing.assert_close(mine, loss)
-    pairs = zip([*w, d, b], [cc.weights[0].encoder, cc.weights[0].encoder_bias, cc.weights[0].decoder, cc.bias])
+    pairs = zip(
+        [*w, d, b], [cc.weights[0].encoder, cc.weights[0].encoder_bias, cc.weights[0].decoder, cc.bias], strict=True
+    )
     for theirs, parameter in pairs:
         torch.testing.assert_close(parameter.grad, theirs.grad)
 
