@@ -22,11 +22,15 @@ check: setup
 	$(BIN)/pytest -n 2 -m 'not gpu'
 
 gpu: setup
-	$(BIN)/pytest -m gpu
-	$(BIN)/python benchmarks/run.py --gpu
+	$(BIN)/pytest -m gpu || test $$? -eq 5  # 5: no test has the mark
+	$(call run_all,benchmarks/gpu)
 
 docs: setup
 	$(BIN)/pytest tests/documents
 
 bench: setup
-	$(BIN)/python benchmarks/run.py
+	$(call run_all,benchmarks)
+
+define run_all
+	for script in $(1)/*.py; do test ! -e "$$script" || { echo "== $$script"; $(BIN)/python "$$script" || exit 1; }; done
+endef

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 from typer.testing import CliRunner, Result
 
 from crosscoder import __version__, cli
@@ -22,30 +21,6 @@ VERBS = ("demo", "train", "evaluate", "diff", "doctor")
 
 def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-
-
-@pytest.fixture
-def run_path(tmp_path: Path, toy_base_path: Path, toy_chat_path: Path, toy_text_path: Path) -> Path:
-    run = {
-        "format": "crosscoder.run/1",
-        "models": {"base": {"path": str(toy_base_path)}, "chat": {"path": str(toy_chat_path)}},
-        "sources": ["base/layers.1.resid_post", "chat/layers.1.resid_post"],
-        "text": {
-            "tokenizer": "base",
-            "context_length": 32,
-            "mix": [{"dataset": str(toy_text_path)}],
-            "held_out": {"fraction": 0.2, "num_tokens": 400},
-        },
-        "activations": {"buffer_gb": 0.002},
-        "normaliser": {"num_tokens": 500},
-        "wiring": {"kind": "acausal", "num_latents": 64},
-        "nonlinearity": {"k": 8},
-        "train": {"num_tokens": 3200, "batch_size": 64, "learning_rate": 1e-3},
-        "out": str(tmp_path / "run"),
-    }
-    path = tmp_path / "pair.yaml"
-    path.write_text(yaml.safe_dump(run), encoding="utf-8")
-    return path
 
 
 def test_help_lists_the_verbs_that_exist() -> None:
@@ -185,7 +160,7 @@ def test_doctor_prints_json() -> None:
 
 
 def test_doctor_fails_when_the_demo_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "PAIR", ("absent",))
+    monkeypatch.setattr(doctor, "MODELS", ("absent",))
     result = invoke("doctor")
     assert result.exit_code == 1
     assert "not in this installation: absent" in result.stdout
@@ -206,3 +181,33 @@ def test_tables_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_package_says_what_it_is() -> None:
     assert cli.__doc__
+
+
+@pytest.mark.slow
+def test_evaluate_and_diff_write_their_files_and_print_them(run_path: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    assert invoke("train", run_path).exit_code == 0
+    evaluated = invoke("evaluate", directory)
+    assert "held-out rows" in evaluated.stdout
+    assert "base/layers.1.resid_post" in evaluated.stdout
+    printed = json.loads(invoke("evaluate", directory, "--json").stdout)
+    assert printed["fve"] == json.loads((directory / "evaluation.json").read_text(encoding="utf-8"))["fve"]
+    found = invoke("diff", directory, "--a", "base", "--b", "chat")
+    assert f"Open the report: {directory / 'diff' / 'base--chat' / 'report.html'}" in found.stdout
+    assert (directory / "diff" / "base--chat" / "report.html").is_file()
+    summary = json.loads(invoke("diff", directory, "--json").stdout)
+    assert sum(summary["classes"].values()) == 64
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "diff"])
+def test_a_path_without_a_run_is_an_error_on_one_screen(verb: str, tmp_path: Path) -> None:
+    result = invoke(verb, tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("FileFormatError: ")
+
+
+def test_dry_run_prints_the_plan_and_makes_nothing(run_path: Path, tmp_path: Path) -> None:
+    assert "memory at its peak" in invoke("train", run_path, "--dry-run").stdout
+    planned = json.loads(invoke("train", run_path, "--dry-run", "--json").stdout)
+    assert planned["num_steps"] == 50
+    assert not (tmp_path / "run").exists()

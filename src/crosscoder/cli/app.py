@@ -23,6 +23,8 @@ app = typer.Typer(
 CONTINUES = "The same command goes on from the last checkpoint."
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the run file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Trained = Annotated[str, typer.Argument(metavar="RUN", help="A run, a crosscoder's directory, or a Hub id.")]
+Out = Annotated[Path | None, typer.Option(help="Where results go; needed where RUN is not a run directory.")]
 
 
 class Tracker(StrEnum):
@@ -83,30 +85,36 @@ def train(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    run: Trained,
+    out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a trained crosscoder on the held-out analysis set; writes evaluation.json and the latents' table."""
+    """Measure a trained crosscoder on the held-out analysis set; writes evaluation.json and tables of latents."""
     with one_screen("Nothing was half-written; run the command again."):
         from crosscoder.cli.evaluate import run as body
 
-        body(run, as_json=as_json)
+        body(run, out=out, as_json=as_json)
 
 
 @app.command()
 def diff(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    run: Trained,
     a: Annotated[str | None, typer.Option("--a", help="One source, or the alias of its model.")] = None,
     b: Annotated[str | None, typer.Option("--b", help="The other one.")] = None,
     labels: Annotated[Path | None, typer.Option(help="labels.jsonl: spans of text where a behaviour acts.")] = None,
-    baseline: Annotated[Path | None, typer.Option(help="The run of an SAE to score beside, with --labels.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="A run whose best latents are scored beside, for --labels.")
+    ] = None,
+    cutoffs: Annotated[str, typer.Option(help="Where classes begin: default, minder, anthropic or dfc.")] = "default",
+    out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Tell what differs between two sources: classes of latents, exemplars, and a report to open in a browser."""
     with one_screen("Nothing was half-written; run the command again."):
+        from crosscoder.cli.diff import Question
         from crosscoder.cli.diff import run as body
 
-        body(run, a=a, b=b, labels=labels, baseline=baseline, as_json=as_json)
+        body(run, Question(a, b, labels, baseline, cutoffs), out=out, as_json=as_json)
 
 
 @app.command()

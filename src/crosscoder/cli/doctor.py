@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata, resources
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -16,13 +16,13 @@ from typing import Literal
 import typer
 
 from crosscoder.cli.reporting import print_json
+from crosscoder.demo.files import MODELS, data_path
 
 EXTRAS = {
     "peft": "LoRA adapters (models.*.adapter)",
     "wandb": "crosscoder train --track wandb",
     "tensorboard": "crosscoder train --track tensorboard",
 }
-PAIR = ("base", "plain", "chat")
 DEMO_MEMORY_GB = 4.0
 DEMO_DISK_GB = 1.0
 HUB = "model hub"
@@ -130,12 +130,11 @@ def _extras() -> Iterator[Finding]:
 
 
 def _pair() -> Finding:
-    data = resources.files("crosscoder.demo") / "data"
-    absent = [alias for alias in PAIR if not (data / alias / "model.safetensors").is_file()]
+    absent = [alias for alias in MODELS if not (data_path() / alias / "model.safetensors").is_file()]
     if absent:
         fix = "pip install --force-reinstall --no-deps crosscoder"
         return Finding("demo models", "missing", f"not in this installation: {', '.join(absent)}", fix)
-    return Finding("demo models", "ok", ", ".join(PAIR))
+    return Finding("demo models", "ok", ", ".join(MODELS))
 
 
 def _hub() -> Finding:

@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from crosscoder.analysis.evaluation import Evaluation
 
 
-def run(path: Path, *, as_json: bool) -> None:
-    """Evaluate a run and print the numbers."""
+def run(path: str, *, out: Path | None, as_json: bool) -> None:
+    """Evaluate a crosscoder and print the numbers."""
     with terminal() as view:
         from crosscoder import analysis
 
-        evaluation = analysis.evaluate_run(path, progress=view)
+        evaluation = analysis.evaluate_run(path, out=out, progress=view)
     if as_json:
         print_json(evaluation.to_json())
         return
     print_evaluation(evaluation)
-    typer.echo(f"\nWritten to {path}. Next: crosscoder diff {path}")
+    typer.echo(f"\nThe files are in {out or path}. Next: crosscoder diff {path}")
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

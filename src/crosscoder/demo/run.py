@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
+from importlib.resources import as_file, files
 from pathlib import Path
 
 from crosscoder import analysis
-from crosscoder.errors import ModelNotFound
+from crosscoder.demo.files import books_path, dialogues_path, labels_path, model_path
 from crosscoder.progress import Progress, silent
 from crosscoder.training.config import RunConfig, SaeConfig
 from crosscoder.training.run import train
@@ -33,13 +33,10 @@ class DemoResult:
 
 def run_config(out: Path) -> RunConfig:
     """The demo's run, with the shipped models and text at the places where this installation has them."""
-    data = shipped_data()
-    models = [f"models.{alias}.path={data / alias}" for alias in ("base", "chat")]
-    text = [
-        f"text.mix.{place}.dataset={data / name}" for place, name in enumerate(("books.parquet", "dialogues.parquet"))
-    ]
-    template = Path(str(resources.files("crosscoder.demo") / "run.yaml"))
-    return RunConfig.load(template, [*models, *text, f"out={out}"])
+    models = [f"models.{alias}.path={model_path(alias)}" for alias in ("base", "chat")]
+    text = [f"text.mix.{place}.dataset={path}" for place, path in enumerate((books_path(), dialogues_path()))]
+    with as_file(files("crosscoder.demo") / "run.yaml") as template:
+        return RunConfig.load(template, [*models, *text, f"out={out}"])
 
 
 def baseline_config(run: RunConfig, out: Path) -> RunConfig:
@@ -52,17 +49,6 @@ def baseline_config(run: RunConfig, out: Path) -> RunConfig:
     return run.model_copy(update=changes)
 
 
-def shipped_data() -> Path:
-    """The directory of the models, text and labels that ship."""
-    data = Path(str(resources.files("crosscoder.demo") / "data"))
-    if not (data / "base" / "model.safetensors").exists():
-        raise ModelNotFound(
-            f"expected the demo's models in {data}; they are not there.",
-            hint="Install the package again: pip install --force-reinstall --no-deps crosscoder",
-        )
-    return data
-
-
 def run_demo(out: Path, *, sinks: MakeSinks = lambda label: [], progress: Progress = silent) -> DemoResult:
     """The whole demo; an interrupted one goes on where it stopped."""
     run = run_config(out)
@@ -73,7 +59,7 @@ def run_demo(out: Path, *, sinks: MakeSinks = lambda label: [], progress: Progre
         trained.path,
         a="base",
         b="chat",
-        labels=shipped_data() / "labels.jsonl",
+        labels=labels_path(),
         baseline=baseline.path,
         progress=progress,
     )

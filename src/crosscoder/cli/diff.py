@@ -1,0 +1,78 @@
+"""The body of `crosscoder diff`, and the tables of a diff."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from crosscoder.cli.reporting import print_json, print_table, terminal
+
+if TYPE_CHECKING:
+    from crosscoder.analysis import Diff, LabelScore, LabelScores
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is compared, and beside what."""
+
+    a: str | None
+    b: str | None
+    labels: Path | None
+    baseline: str | None
+    cutoffs: str
+
+
+def run(path: str, question: Question, *, out: Path | None, as_json: bool) -> None:
+    """Diff two sources of a crosscoder and print what was found."""
+    with terminal() as view:
+        from crosscoder import analysis
+
+        diff = analysis.diff_run(
+            path,
+            a=question.a,
+            b=question.b,
+            labels=question.labels,
+            baseline=question.baseline,
+            cutoffs=question.cutoffs,
+            out=out,
+            progress=view,
+        )
+    if as_json:
+        print_json({"path": str(diff.path), **diff.to_json()})
+        return
+    print_diff(diff)
+    typer.echo(f"\nOpen the report: {diff.report}")
+
+
+def print_diff(diff: Diff) -> None:
+    """Classes of latents, and scores of labels where there are some."""
+    classes = diff.classes
+    typer.echo(f"a = {classes.a}   b = {classes.b}")
+    print_table(list(classes.counts), [[f"{count:,}" for count in classes.counts.values()]])
+    if diff.labels is not None:
+        typer.echo()
+        print_labels(diff.labels)
+
+
+def print_labels(scores: LabelScores) -> None:
+    """AUROC of the best latent on documents that did not choose it, beside simpler detectors, for every label."""
+    head = ("label", "AUROC: best latent", "95 %", "relative norm", "baseline", "mean difference")
+    print_table(head, [_label_row(label) for label in scores.labels])
+    if scores.num_absent:
+        typer.echo(f"{scores.num_absent:,} labelled documents are not in the analysis set.")
+
+
+def _label_row(label: LabelScore) -> tuple[str, ...]:
+    found = {score.detector: score for score in label.scores}
+    best = found.get("latent")
+    others = [found.get(name) for name in ("baseline latent", "mean difference")]
+    return (
+        label.label,
+        "" if best is None else f"{best.auroc:.3f}",
+        "" if best is None else f"{best.auroc_low:.2f}–{best.auroc_high:.2f}",
+        "" if best is None or best.relative_norm is None else f"{best.relative_norm:.2f}",
+        *("" if other is None else f"{other.auroc:.3f}" for other in others),
+    )
