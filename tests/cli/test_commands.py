@@ -39,8 +39,7 @@ def test_every_verb_has_help(verb: str) -> None:
 @pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_is_instant(verb: str) -> None:
     command = [sys.executable, "-c", "from crosscoder.cli.app import main; main()", *verb.split(), "--help"]
-    best = min(seconds_of(command) for _ in range(5))
-    assert best < 0.3
+    assert any(seconds_of(command) < 0.3 for _ in range(5))
 
 
 def seconds_of(command: list[str]) -> float:
