@@ -122,8 +122,6 @@ def test_the_buffer_keeps_the_models_dtype(corpora: Any) -> None:
     batch = next(one.batches(8))
     assert one.bytes_per_row == 2 * 32 + 13 and batch.x.dtype == torch.float32
     assert torch.equal(batch.x, batch.x.bfloat16().float())
-    wide = ActivationStream({"base": studied}, small, corpora(), buffer_bytes=20_000, dtype=torch.float32)
-    assert wide.bytes_per_row == 4 * 32 + 13
 
 
 @settings(max_examples=10, deadline=None)
@@ -194,14 +192,6 @@ def test_nan_is_named(models: Any, corpora: Any) -> None:
     healthy.model.load_state_dict(broken.state_dict())
     with pytest.raises(NonFiniteActivations, match=r"(?s)chat/layers\.0\.resid_post.*float32.*models\.chat\.dtype"):
         next(stream({**models, "chat": healthy}, corpora()).batches(10))
-
-
-def test_overflow_of_the_buffer_is_named(models: Any, corpora: Any) -> None:
-    loud = StudiedModel("chat", build_toy_model(0), build_toy_tokenizer())
-    with torch.no_grad():
-        loud.model.model.layers[0].mlp.down_proj.weight.mul_(1e9)
-    with pytest.raises(NonFiniteActivations, match="rows in float16"):
-        next(stream({**models, "chat": loud}, corpora(), dtype=torch.float16).batches(10))
 
 
 def test_other_tokenizers_are_refused(models: Any, corpora: Any) -> None:

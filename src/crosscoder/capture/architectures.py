@@ -250,7 +250,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 def _named_blocks(model: nn.Module, family: Family) -> str | None:
     for path, module in model.named_modules():
         fits = isinstance(module, nn.ModuleList) and f".{path}".endswith(f".{family.blocks}") and len(module) > 0
-        if fits and all(_has(module[0], tap.module) for tap in family.taps.values()):
+        if fits and all(_has(next(module.children()), tap.module) for tap in family.taps.values()):
             return path
     return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -104,7 +105,7 @@ class Encoder:
         return None if bos is None else self._special(bos, document=-1, at=0)
 
     def _id(self, name: str) -> int | None:
-        return self.tokenizer.bos_token_id if name == "bos" else self.tokenizer.eos_token_id
+        return cast("int | None", self.tokenizer.bos_token_id if name == "bos" else self.tokenizer.eos_token_id)
 
     def _special(self, token: int, *, document: int, at: int) -> Tokens:
         one = self._tokens(np.array([token], np.int32), np.array([_TEMPLATE], np.int8), np.array([[at, at]], np.int32))

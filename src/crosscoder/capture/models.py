@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -97,15 +97,15 @@ class StudiedModel:
 
     @cached_property
     def identity(self) -> dict[str, str | None]:
-        """What made this model, for the record: where it came from, how it is held, hashes of weights and vocabulary."""
-        config = self.config or ModelConfig(path=self.model.name_or_path)
+        """What made this model: where it came from, how it is held, hashes of its weights and vocabulary."""
+        config = self.config or ModelConfig(path=self.model.name_or_path or "")
         return {
             "path": config.path,
             "revision": config.revision,
             "commit": getattr(self.model.config, "_commit_hash", None),
             "adapter": config.adapter,
             "architecture": type(self.model).__name__,
-            "attention": self.model.config._attn_implementation,
+            "attention": self.model.config._attn_implementation,  # pyright: ignore[reportPrivateUsage]
             "dtype": str(self.dtype).removeprefix("torch."),
             "weights": weights_hash(self.model),
             "tokenizer": vocabulary_hash(self.tokenizer),
@@ -145,12 +145,12 @@ class StudiedModel:
         """
         tracker = PositionTracker(self.architecture.stem)
 
-        def replaced(x: Tensor) -> Tensor:
+        def _replaced(x: Tensor) -> Tensor:
             return _same_shape(site, x, fn(x, tracker.positions(x)))
 
         tap = self.architecture.tap(site)
         with tracker, ExitStack() as stack:
-            stack.callback(rewrite(tap, replaced).remove)
+            stack.callback(rewrite(tap, _replaced).remove)
             yield
 
     def logits(
@@ -199,7 +199,7 @@ class StudiedModel:
             pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0,
             **sampling,
         )
-        return self.model.generate(
+        return cast(Any, self.model).generate(
             input_ids.to(self.device), attention_mask=mask.to(self.device), generation_config=settings
         )
 
@@ -220,12 +220,13 @@ class StudiedModel:
 
     def _project(self, resid: Tensor) -> Tensor:
         assert self.architecture.final_norm is not None
-        logits = self.model.get_output_embeddings()(self.architecture.final_norm(resid.to(self.device, self.dtype)))
+        head = cast(nn.Module, self.model.get_output_embeddings())
+        logits = head(self.architecture.final_norm(resid.to(self.device, self.dtype)))
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _inputs(self, input_ids: Tensor, attention_mask: Tensor | None, past_key_values: Any) -> dict[str, Any]:
-        given = {"input_ids": input_ids.to(self.device)}
+        given: dict[str, Any] = {"input_ids": input_ids.to(self.device)}
         if attention_mask is not None:
             given["attention_mask"] = attention_mask.to(self.device)
             if "position_ids" in self._parameters and not self.architecture.family.encoder:
@@ -236,12 +237,12 @@ class StudiedModel:
 
 
 def _recorder(seen: dict[str, Tensor], site: str, stop_after: set[str]) -> Callable[[Tensor], None]:
-    def see(x: Tensor) -> None:
+    def _see(x: Tensor) -> None:
         seen[site] = x
         if seen.keys() == stop_after:
             raise _Done
 
-    return see
+    return _see
 
 
 def _same_shape(site: str, x: Tensor, new: Tensor) -> Tensor:

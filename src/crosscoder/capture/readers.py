@@ -1,4 +1,4 @@
-"""Numbered contexts, a pool at a time, from a corpus (endless) or an analysis set (again from its start when it ends)."""
+"""Numbered contexts, a pool at a time: endless from a corpus, and round after round from an analysis set."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def check_sites(model: PreTrainedModel, architecture: Architecture) -> None:
     wrong = [*_against_hidden_states(architecture, seen, hidden), *_sums(architecture, seen)]
     if wrong:
         raise UnsupportedModel(
-            f"this {architecture.name} model ({type(model).__name__}) does not have its sites where they were expected.",
+            f"expected the sites of a {architecture.name} model in this {type(model).__name__}; some are elsewhere.",
             details=[*wrong[:6], f"{len(wrong)} checks failed in all"],
             hint="The installed transformers may be newer than this package knows: try another version of either.",
         )
@@ -48,7 +48,7 @@ def check_unembedding(model: PreTrainedModel, architecture: Architecture, unembe
         handle.remove()
     if not _close(unembed(seen[0]), logits, scale=logits.abs().amax(-1, keepdim=True)):
         raise UnsupportedModel(
-            f"the final norm and head of this {architecture.name} model ({type(model).__name__}) do not give its logits.",
+            f"the final norm and head of this {type(model).__name__} do not give its logits.",
             hint="It scales or caps its logits in a way this package does not know: study another model.",
         )
 

@@ -53,7 +53,7 @@ def _register_shared(module: nn.Module, see: Callable[[Tensor], None]) -> Remova
     handle = module.register_forward_pre_hook(_SharedHook(see), with_kwargs=True)
     hooks = module._forward_pre_hooks  # pyright: ignore[reportPrivateUsage] (torch has no other way to order hooks)
     for key in [key for key, hook in hooks.items() if not isinstance(hook, _SharedHook)]:
-        hooks.move_to_end(key)
+        hooks[key] = hooks.pop(key)
     return handle
 
 

@@ -10,7 +10,7 @@ from crosscoder.errors import TokenizerMismatch
 
 
 def check_vocabularies(models: Mapping[str, StudiedModel], *, expected: str) -> None:
-    """Raises TokenizerMismatch unless every model's vocabulary has the hash `expected`, which the text was tokenized by."""
+    """Raises TokenizerMismatch unless every model's vocabulary has the hash `expected`, that of the text."""
     hashes = {alias: vocabulary_hash(studied.tokenizer) for alias, studied in models.items()}
     if set(hashes.values()) <= {expected}:
         return
