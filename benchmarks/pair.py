@@ -2,7 +2,7 @@
 
     python benchmarks/pair.py --out runs/benchmarks/pair
 
-Each is an ordinary run with the demo's settings, evaluated on its held-out set. Prints one table and writes it, with the
+Each is an ordinary run with the demo's settings, evaluated on its held-out set. Prints a table and writes it, with the
 versions and the machine, to report.md and report.json in the output directory. A finished run is not trained again.
 """
 

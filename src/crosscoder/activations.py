@@ -1,6 +1,7 @@
 """What every supplier of activations gives: packed rows, with where each row came from.
 
-The live stream, a store on disk and a synthetic world all are an `ActivationSource`; training and analysis know no other.
+The live stream, a store on disk and a synthetic world are all an `ActivationSource`; nothing else feeds training
+or analysis.
 """
 
 from __future__ import annotations

@@ -202,7 +202,7 @@ class Crosscoder(nn.Module):
         return self._layout[group].widths
 
     def group_parts(self, latents: Int[Tensor, "some"]) -> list[GroupPart]:
-        """The rows of `latents` (sorted) in each group's weights, for work on a few latents only; empty parts left out."""
+        """The weights of `latents` (sorted), group by group, for work on a few latents only; empty parts left out."""
         parts = [layout.part(weights, latents) for weights, layout in zip(self.weights, self._layout, strict=True)]
         return [part for part in parts if part.bias.shape[0]]
 

@@ -4,7 +4,7 @@ Group g with reads `R_g` and writes `W_g` (columns of the packed row):
 
     pre_g = x̃[:, R_g] W_enc_gᵀ + b_enc_g        x̂̃[:, W_g] += f_g W_dec_g
 
-Latent ids run through the groups in order. A group has no decoder at a source that it does not write, so none can drift.
+Latent ids run through the groups in order. A group has no decoder where it does not write, so none can drift.
 Sources: Lindsey et al. 2024, "Sparse Crosscoders" (acausal); an SAE is the case of one source.
 """
 

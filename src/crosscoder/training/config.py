@@ -292,6 +292,11 @@ class RunConfig(Settings):
         """Active latents per row, where the nonlinearity fixes them."""
         return None if isinstance(self.nonlinearity, ReLUConfig) else self.nonlinearity.k
 
+    def rows_per_fill(self, bytes_per_row: int) -> int:
+        """Rows in one fill of the buffer: what `buffer_gb` holds, and no more than the run will ever ask for."""
+        asked = max(-(-self.train.num_tokens // self.activations.passes), self.normaliser.num_tokens)
+        return min(int(self.activations.buffer_gb * 1e9 / bytes_per_row), asked + self.text.context_length)
+
     def resolved(self, *, widths: Sequence[int]) -> Self:
         """The same run with every derived value filled in; `widths` are those of the written sources."""
         aux = {

@@ -33,6 +33,7 @@ from crosscoder.wiring import Wiring
 FORWARD_TOKENS = 8192
 CHECKPOINTS_ON_DISK = 3
 """Two are kept while the third is written."""
+PERMUTATION_BYTES = 8
 BYTES_PER_PAIR = 96
 """Row, latent, value, score, gradient and their sorted copies of one active pair, and candidates above the cut."""
 
@@ -97,11 +98,12 @@ def plan(run: RunConfig) -> Plan:
     storage = max((outline.dtype for outline in outlines.values()), key=lambda dtype: dtype.itemsize)
     row = bytes_per_row(sources.width, storage)
     parameters = num_parameters(wiring)
+    rows_per_fill = run.rows_per_fill(row)
     memory = {
         "libraries": resident_bytes(),
         "models": sum(outline.parameters * outline.dtype.itemsize for outline in outlines.values()),
         "forward pass": max(_forward_bytes(outline) for outline in outlines.values()),
-        "buffer": int(run.activations.buffer_gb * 1e9) + 8 * int(run.activations.buffer_gb * 1e9 / row),
+        "buffer": (row + PERMUTATION_BYTES) * rows_per_fill,
         "weights, gradients, Adam": 28 * parameters,
         "step": _step_bytes(run, wiring),
     }
@@ -111,7 +113,7 @@ def plan(run: RunConfig) -> Plan:
         memory=memory,
         memory_total=sum(memory.values()),
         bytes_per_row=row,
-        rows_per_fill=int(run.activations.buffer_gb * 1e9 / row),
+        rows_per_fill=rows_per_fill,
         rows_per_step=run.train.batch_size,
         num_steps=run.train.num_steps,
         disk=parameters * (12 * CHECKPOINTS_ON_DISK + 4),

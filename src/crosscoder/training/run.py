@@ -18,7 +18,9 @@ from torch import Tensor
 
 from crosscoder.activations import Batch
 from crosscoder.capture.analysis_set import AnalysisSet
+from crosscoder.capture.buffer import bytes_per_row
 from crosscoder.capture.corpus import Corpus
+from crosscoder.capture.harvest import storage_dtype
 from crosscoder.capture.models import StudiedModel
 from crosscoder.capture.stream import ActivationStream
 from crosscoder.crosscoder import Crosscoder
@@ -68,13 +70,13 @@ class Study:
 
     def stream(self, text: Corpus | AnalysisSet, *, progress: Progress = silent) -> ActivationStream:
         """Activations of the run's sources over its training text, or over a fixed set of contexts."""
-        settings = self.run.activations
+        row = bytes_per_row(self.sources.width, storage_dtype(self.models))
         return ActivationStream(
             self.models,
             self.sources,
             text,
-            buffer_bytes=int(settings.buffer_gb * 1e9),
-            passes=settings.passes,
+            buffer_bytes=row * self.run.rows_per_fill(row),
+            passes=self.run.activations.passes,
             seed=self.run.seed,
             progress=progress,
         )
