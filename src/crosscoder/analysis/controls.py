@@ -65,10 +65,19 @@ def fit_difference(differences: Iterable[Float[Tensor, "_ width"]]) -> Differenc
 class NullPair:
     """An ActivationSource of `a` as it is and a made-up `b`: a difference of the same size without structure.
 
-    The true difference is measured on the first `num_rows` rows of `source.contexts()`.
+    The true difference is measured on the first `num_rows` rows of `source.contexts()`, unless it is given.
     """
 
-    def __init__(self, source: ActivationSource, *, a: str, b: str, num_rows: int = 100_000, seed: int = 0) -> None:
+    def __init__(
+        self,
+        source: ActivationSource,
+        *,
+        a: str,
+        b: str,
+        difference: Difference | None = None,
+        num_rows: int = 100_000,
+        seed: int = 0,
+    ) -> None:
         of = source.sources
         key_a, key_b = of.resolve(a).key, of.resolve(b).key
         if key_a == key_b or of[key_a].width != of[key_b].width:
@@ -79,7 +88,7 @@ class NullPair:
         self.seed = seed
         self._source, self._rows_served = source, 0
         self._a, self._b = key_a, key_b
-        self.difference = fit_difference(_first(self._differences(), num_rows))
+        self.difference = difference or fit_difference(_first(self._differences(), num_rows))
         self._factor = self.difference.factor.float()
         self._mean = self.difference.mean.float()
 
