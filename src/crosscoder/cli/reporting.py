@@ -59,6 +59,7 @@ class _Lines(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
         self._console.print(f"{level}{record.getMessage()}", markup=False, highlight=False, soft_wrap=True)
 

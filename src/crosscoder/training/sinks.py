@@ -128,12 +128,15 @@ class TrackerSink:
 
 
 class _Wandb:
+    """Metrics to Weights & Biases."""
+
     def __init__(self, wandb: ModuleType, *, project: str) -> None:
         self._wandb = wandb
         self._project = project
         self._run: Any = None
 
     def open(self, start: RunStart) -> None:
+        """Start the run there, or go on with the one of this name."""
         name = start.directory.name
         self._run = self._wandb.init(
             project=self._project,
@@ -145,26 +148,33 @@ class _Wandb:
         )
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log one step."""
         self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
+        """Finish the run there."""
         self._run.finish()
 
 
 class _Tensorboard:
+    """Metrics to TensorBoard's event files."""
+
     def __init__(self, tensorboard: ModuleType) -> None:
         self._tensorboard = tensorboard
         self._writer: Any = None
 
     def open(self, start: RunStart) -> None:
+        """Write from here on; what an interrupted run wrote past the restored step is hidden."""
         folder = str(start.directory / "tensorboard")
         self._writer = self._tensorboard.SummaryWriter(folder, purge_step=start.step + 1 if start.step else None)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one step."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Close the file."""
         self._writer.close()
 
 
