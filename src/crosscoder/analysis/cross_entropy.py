@@ -131,7 +131,7 @@ def _losses(crosscoder: Crosscoder, models: Mapping[str, StudiedModel], batch: T
         mean = crosscoder.mean[crosscoder.sources.slices[source.key]]
         rows = [reconstruction[source.key], torch.zeros_like(mean), mean]
         model = models[source.model]
-        replaced = [_summed_loss(model, batch, source.site, row) for row in rows]
+        replaced = [_summed_loss(model, batch, site=source.site, row=row) for row in rows]
         losses[source.key] = [clean[source.model], *replaced]
     return losses
 
@@ -149,7 +149,9 @@ def _reconstruct(
     return crosscoder(crosscoder.reads.pack(read).to(device))
 
 
-def _summed_loss(model: StudiedModel, batch: TokenBatch, site: str | None = None, row: Tensor | None = None) -> float:
+def _summed_loss(
+    model: StudiedModel, batch: TokenBatch, *, site: str | None = None, row: Tensor | None = None
+) -> float:
     """The loss of all next tokens, with the kept positions of `site` set to `row` (one for each, or one for all)."""
     change: Any = nullcontext()
     if site is not None and row is not None:

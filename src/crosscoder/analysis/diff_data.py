@@ -42,7 +42,7 @@ def report_data(
         facts=_facts(run, classes),
         evaluation=evaluation,
         density=statistics["density"].to_numpy(),
-        cards=_cards(run, classes, statistics, shown),
+        cards=_cards(run, classes, statistics=statistics, latents=shown),
         most_a=most_a,
         most_b=most_b,
         named=[latent for latent in named if latent not in {*most_a, *most_b}],
@@ -75,7 +75,7 @@ def _best_latents(labels: LabelScores | None) -> list[int]:
 
 
 def _cards(
-    run: OpenedRun, classes: LatentClasses, statistics: pa.Table, latents: Sequence[int]
+    run: OpenedRun, classes: LatentClasses, *, statistics: pa.Table, latents: Sequence[int]
 ) -> dict[int, LatentCard]:
     exemplars: dict[int, list[dict[str, Any]]] = {latent: [] for latent in latents}
     for row in read_table(run.out / "exemplars.parquet", thing="exemplars", latents=latents).to_pylist():

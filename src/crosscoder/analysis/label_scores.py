@@ -98,6 +98,7 @@ class _Case:
 
     @property
     def scoring(self) -> Bool[np.ndarray, "rows"]:
+        """The rows of the other half."""
         return ~self.choosing
 
 
@@ -139,7 +140,8 @@ def choosing_half(
     """
     acting = np.unique(document[positive])
     parts = (acting, np.setdiff1d(document, acting))
-    ordered = [sorted(part, key=lambda d: sha256(hashes[d].encode()).digest()) for part in parts]
+    key = {int(d): sha256(hashes[int(d)].encode()).digest() for part in parts for d in part}
+    ordered = [sorted(part.tolist(), key=lambda d: key[d]) for part in parts]
     return np.isin(document, [*ordered[0][::2], *ordered[1][::2]])
 
 

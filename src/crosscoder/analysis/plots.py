@@ -10,8 +10,8 @@ from math import log10
 import numpy as np
 from jaxtyping import Float, Int
 
-WIDTH, HEIGHT = 560, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 44
+WIDTH, HEIGHT = 400, 250
+LEFT, RIGHT, TOP, BOTTOM = 54, 20, 14, 44
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,11 @@ class Axes:
     def frame(self, *, x_ticks: Mapping[float, str], x_label: str, y_label: str) -> str:
         """Grid, ticks and labels."""
         parts = [f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>' for y in self._grid]
-        parts += [_text(LEFT - 7, y + 4, label, "tick end") for y, label in zip(self._grid, self._labels, strict=True)]
-        parts += [_text(self.x(at), HEIGHT - BOTTOM + 18, label, "tick") for at, label in x_ticks.items()]
-        parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label, "axis"))
+        parts += [
+            _text(LEFT - 7, y + 4, label, kind="tick end") for y, label in zip(self._grid, self._labels, strict=True)
+        ]
+        parts += [_text(self.x(at), HEIGHT - BOTTOM + 18, label, kind="tick") for at, label in x_ticks.items()]
+        parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label, kind="axis"))
         middle = (TOP + HEIGHT - BOTTOM) / 2
         turned = f'<text class="axis" transform="translate(13 {middle:.1f}) rotate(-90)">{escape(y_label)}</text>'
         return "".join([*parts, turned])
@@ -72,7 +74,7 @@ def bars(
     """A histogram with log counts; `kinds` is the colour class of every bar, `marks` are upright lines with a word."""
     axes = Axes(float(edges[0]), float(edges[-1]), max(1.0, float(counts.max(initial=0))), log=True)
     drawn = [
-        _bar(axes, count, span, kind)
+        _bar(axes, count, span=span, kind=kind)
         for count, span, kind in zip(counts.tolist(), _spans(edges), kinds, strict=True)
         if count
     ]
@@ -92,7 +94,7 @@ def steps(
     top = max((float(share.max(initial=0)) for share in shares.values()), default=0.0) or 1.0
     axes = Axes(float(edges[0]), float(edges[-1]), top)
     frame = axes.frame(x_ticks=x_ticks, x_label=labels[0], y_label=labels[1])
-    return _svg(frame + "".join(_outline(axes, share, edges, kind) for kind, share in shares.items()), title)
+    return _svg(frame + "".join(_outline(axes, share, edges=edges, kind=kind) for kind, share in shares.items()), title)
 
 
 def dial(value: float, *, title: str) -> str:
@@ -104,7 +106,7 @@ def dial(value: float, *, title: str) -> str:
     )
 
 
-def _bar(axes: Axes, count: int, span: tuple[float, float], kind: str) -> str:
+def _bar(axes: Axes, count: int, *, span: tuple[float, float], kind: str) -> str:
     left, right, top = axes.x(span[0]), axes.x(span[1]), axes.y(count)
     shape = f'x="{left + 0.5:.1f}" width="{max(0.5, right - left - 1):.1f}" y="{top:.1f}"'
     title = f"<title>{span[0]:.2f} to {span[1]:.2f}: {count:,} latents</title>"
@@ -114,10 +116,10 @@ def _bar(axes: Axes, count: int, span: tuple[float, float], kind: str) -> str:
 def _mark(axes: Axes, at: float, word: str) -> str:
     x = axes.x(at)
     line = f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-    return line + (_text(x + 4, TOP + 9, word, "tick start") if word else "")
+    return line + (_text(x + 4, TOP + 9, word, kind="tick start") if word else "")
 
 
-def _outline(axes: Axes, share: Float[np.ndarray, "bins"], edges: Float[np.ndarray, "edges"], kind: str) -> str:
+def _outline(axes: Axes, share: Float[np.ndarray, "bins"], *, edges: Float[np.ndarray, "edges"], kind: str) -> str:
     corners = [f"{axes.x(x):.1f},{axes.y(y):.1f}" for y, span in zip(share, _spans(edges), strict=True) for x in span]
     return f'<polyline class="line {kind}" points="{" ".join(corners)}"/>'
 
@@ -126,7 +128,7 @@ def _spans(edges: Float[np.ndarray, "edges"]) -> Iterator[tuple[float, float]]:
     return zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
 
 
-def _text(x: float, y: float, text: str, kind: str) -> str:
+def _text(x: float, y: float, text: str, *, kind: str) -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
 
 

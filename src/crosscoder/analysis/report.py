@@ -148,7 +148,7 @@ def _norm_plot(data: ReportData) -> str:
         counts,
         _NORM_EDGES,
         kinds=kinds,
-        x_ticks={0.0: "0 · a alone", 0.25: ".25", 0.5: "equal", 0.75: ".75", 1.0: "b alone · 1"},
+        x_ticks={0.02: "a alone", 0.25: ".25", 0.5: "equal", 0.75: ".75", 0.98: "b alone"},
         labels=("relative norm", "latents (log)"),
         marks=marks,
         title="Histogram of relative decoder norms",

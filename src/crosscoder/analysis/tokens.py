@@ -33,7 +33,7 @@ def exemplar_table(entries: Entries, text: AnalysisSet, tokenizer: Tokenizer, *,
 
     `values` has null for tokens that are no rows (dropped ones). `first_position` is the window's first token.
     """
-    windows = [_window(entries, e, text, before) for e in range(len(entries.latent))]
+    windows = [_window(entries, e, text=text, before=before) for e in range(len(entries.latent))]
     ids = [window[1] for window in windows]
     pieces = token_pieces(tokenizer, (token for window in ids for token in window))
     roles = [ROLES[role] for role in entries.role.tolist()]
@@ -53,7 +53,7 @@ def exemplar_table(entries: Entries, text: AnalysisSet, tokenizer: Tokenizer, *,
     )
 
 
-def _window(entries: Entries, e: int, text: AnalysisSet, before: int) -> tuple[int, list[int], list[float | None]]:
+def _window(entries: Entries, e: int, *, text: AnalysisSet, before: int) -> tuple[int, list[int], list[float | None]]:
     """First position, token ids and values of one entry's window, cut to its context."""
     start, stop = text.pointers[int(entries.context[e]) : int(entries.context[e]) + 2].tolist()
     origin = int(entries.position[e]) - before
