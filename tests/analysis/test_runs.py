@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from crosscoder.analysis import diff_run, evaluate_run
+from crosscoder.analysis import CrossEntropy, diff_run, evaluate_run
 from crosscoder.analysis.opened_run import open_run
-from crosscoder.analysis.tables import read_table
+from crosscoder.analysis.tables import json_values, read_table
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import ConfigError, CrosscoderError, FileFormatError, RunConflict, SourceMismatch
 from crosscoder.training.config import RunConfig, SaeConfig
@@ -122,6 +123,13 @@ def test_diff_writes_a_directory_for_the_pair(run: Path, tmp_path: Path) -> None
     assert {"latent", "density", "class", "relative_norm", "cosine"} <= set(table.column_names)
     html = diff.report.read_text()
     assert html.startswith("<!doctype html>") and "promotes" in html and "no null control" in html
+
+
+def test_numbers_that_are_none_are_null_in_json() -> None:
+    """NaN and infinity, however deep, are not JSON."""
+    content = {"a": [1.0, float("nan")], "b": {"c": (float("inf"), "x", 3)}}
+    assert json_values(content) == {"a": [1.0, None], "b": {"c": [None, "x", 3]}}
+    assert math.isnan(CrossEntropy(2.0, 2.0, 2.0, 3.0, 10).recovered)
 
 
 def test_a_diff_evaluates_again_when_the_crosscoder_is_another(run: Path) -> None:

@@ -12,6 +12,7 @@ was trained on them. All next tokens of a context count, also those predicted fr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -43,13 +44,13 @@ class CrossEntropy:
 
     @property
     def recovered(self) -> float:
-        """Against zero ablation."""
-        return (self.zero_ablated - self.spliced) / (self.zero_ablated - self.clean)
+        """Against zero ablation; NaN where ablation changes nothing."""
+        return _recovered(self.zero_ablated, spliced=self.spliced, clean=self.clean)
 
     @property
     def recovered_mean(self) -> float:
-        """Against mean ablation."""
-        return (self.mean_ablated - self.spliced) / (self.mean_ablated - self.clean)
+        """Against mean ablation; NaN where ablation changes nothing."""
+        return _recovered(self.mean_ablated, spliced=self.spliced, clean=self.clean)
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ def token_batches(text: AnalysisSet, *, num_tokens: int, batch_tokens: int) -> l
     chosen = order[:enough]
     chosen = chosen[lengths[chosen].argsort(stable=True)].tolist()
     return [_token_batch(text, part) for part in _fitting(chosen, lengths.tolist(), batch_tokens)]
+
+
+def _recovered(ablated: float, *, spliced: float, clean: float) -> float:
+    return math.nan if ablated == clean else (ablated - spliced) / (ablated - clean)
 
 
 def _fitting(contexts: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

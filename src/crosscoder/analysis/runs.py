@@ -26,7 +26,7 @@ from crosscoder.analysis.labels import read_labels
 from crosscoder.analysis.opened_run import OpenedRun, open_crosscoder, open_run
 from crosscoder.analysis.report import report
 from crosscoder.analysis.statistics import LatentStatistics
-from crosscoder.analysis.tables import read_table, write_table
+from crosscoder.analysis.tables import json_values, read_table, write_table
 from crosscoder.analysis.tokens import exemplar_table
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import SourceMismatch
@@ -115,9 +115,8 @@ def diff_run(
     with files.replacing(directory) as draft:
         draft.mkdir(parents=True)
         write_table(draft / LATENTS, add_class_columns(statistics, classes), thing="diff_latents")
-        files.write_json(
-            draft / SUMMARY, {"format": "crosscoder.diff/1", "fingerprint": run.fingerprint} | diff.to_json()
-        )
+        summary = {"format": "crosscoder.diff/1", "fingerprint": run.fingerprint} | diff.to_json()
+        files.write_json(draft / SUMMARY, json_values(summary))
         (draft / REPORT).write_text(page, encoding="utf-8")
     progress("writing the report", 1, 1)
     return diff
@@ -141,7 +140,7 @@ def _evaluate(run: OpenedRun, *, num_ce_tokens: int = 20_000, num_exemplars: int
     write_table(run.out / LATENTS, statistics.table(cc), thing="latents")
     write_table(run.out / EXEMPLARS, shown, thing="exemplars")
     head = {"format": "crosscoder.evaluation/1", "fingerprint": run.fingerprint}
-    files.write_json(run.out / EVALUATION, head | evaluation.to_json())
+    files.write_json(run.out / EVALUATION, json_values(head | evaluation.to_json()))
     return evaluation
 
 

@@ -1,9 +1,11 @@
-"""Parquet files that say what they are: metadata `format: crosscoder.<thing>/1`, written whole or not at all."""
+"""Parquet files that say what they are (metadata `format: crosscoder.<thing>/1`), written whole; values for JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,6 +13,15 @@ import pyarrow.parquet as pq
 
 from crosscoder import files
 from crosscoder.errors import FileFormatError
+
+
+def json_values(content: Any) -> Any:
+    """The same content with null for NaN and infinity, which JSON does not have."""
+    if isinstance(content, Mapping):
+        return {key: json_values(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [json_values(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_table(path: Path, table: pa.Table, *, thing: str) -> None:
