@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -56,14 +57,14 @@ class Crosscoder(nn.Module):
         self.nonlinearity = nonlinearity
         self.provenance: dict[str, Any] = {}
         self.folded_normaliser = False
-        draw = {"seed": seed, "decoder_norm": decoder_norm, "across_sources": across_sources}
-        self.groups = nn.ModuleList(
-            GroupWeights(
-                initialisation.encoder_rows(group, wiring.sources, **draw),
-                initialisation.decoder_rows(group, wiring.sources, **draw),
-            )
-            for group in wiring
+        draw = partial(
+            initialisation.rows,
+            sources=wiring.sources,
+            seed=seed,
+            decoder_norm=decoder_norm,
+            across_sources=across_sources,
         )
+        self.groups = nn.ModuleList(GroupWeights(draw(g, keys=g.reads), draw(g, keys=g.writes)) for g in wiring)
         self.bias = nn.Parameter(torch.zeros(wiring.writes.width))
         self.mean: Tensor
         self.scale: Tensor

@@ -22,30 +22,26 @@ BLOCK = 1024
 Across = Literal["same", "independent"]
 
 
-def decoder_rows(
-    group: LatentGroup, sources: SourceSet, *, seed: int, decoder_norm: float, across_sources: Across
+def rows(
+    group: LatentGroup,
+    *,
+    keys: tuple[str, ...],
+    sources: SourceSet,
+    seed: int,
+    decoder_norm: float,
+    across_sources: Across,
 ) -> Float[Tensor, "latents width"]:
-    """Initial decoder of one group, the written sources side by side."""
-    return _rows(group, sources, group.writes, seed=seed, norm=decoder_norm, across=across_sources)
+    """Initial rows of one group over the sources `keys`: the decoder over its writes, the encoder over its reads.
 
-
-def encoder_rows(
-    group: LatentGroup, sources: SourceSet, *, seed: int, decoder_norm: float, across_sources: Across
-) -> Float[Tensor, "latents width"]:
-    """Initial encoder: the decoder's directions at the sources that are read, whether or not they are written too."""
-    return _rows(group, sources, group.reads, seed=seed, norm=decoder_norm, across=across_sources)
-
-
-def _rows(
-    group: LatentGroup, sources: SourceSet, keys: tuple[str, ...], *, seed: int, norm: float, across: Across
-) -> Tensor:
+    The same source gets the same rows in both, so that the encoder starts as the decoder's transpose.
+    """
     widest = max(sources.widths)
     parts: list[Tensor] = []
     for key in keys:
-        stream = "all sources" if across == "same" else key
+        stream = "all sources" if across_sources == "same" else key
         drawn = normal(seed, f"{group.name}/{stream}", num_rows=group.num_latents, width=widest)
-        rows = torch.from_numpy(drawn[:, : sources[key].width])
-        parts.append(norm * torch.nn.functional.normalize(rows, dim=1))
+        directions = torch.from_numpy(drawn[:, : sources[key].width])
+        parts.append(decoder_norm * torch.nn.functional.normalize(directions, dim=1))
     return torch.cat(parts, dim=1)
 
 

@@ -25,7 +25,10 @@ class Hub(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Hub
+    @property
+    def hub(self) -> Hub:
+        assert isinstance(self.server, Hub)
+        return self.server
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
@@ -43,8 +46,8 @@ class _Handler(BaseHTTPRequestHandler):
         if parts == ["api", "repos", "create"]:
             content = json.loads(body)
             name = "/".join(filter(None, [content.get("organization") or "someone", content["name"]]))
-            self.server.repositories.setdefault(name, {})
-            return self._json({"url": f"{self.server.address}/{name}", "name": name})
+            self.hub.repositories.setdefault(name, {})
+            return self._json({"url": f"{self.hub.address}/{name}", "name": name})
         if parts == ["api", "validate-yaml"]:
             return self._json({"errors": [], "warnings": []})
         name = "/".join(parts[2:4])
@@ -56,8 +59,8 @@ class _Handler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     content = base64.b64decode(line["value"]["content"])
-                    self.server.repositories[name][line["value"]["path"]] = content
-            url = f"{self.server.address}/{name}/commit/{COMMIT}"
+                    self.hub.repositories[name][line["value"]["path"]] = content
+            url = f"{self.hub.address}/{name}/commit/{COMMIT}"
             return self._json({"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
         return self._json({"error": self.path}, status=404)
 
@@ -70,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _get(self, *, with_body: bool) -> None:
         parts = self.path.partition("?")[0].strip("/").split("/")
         if parts[:2] == ["api", "models"]:
-            files = self.server.repositories.get("/".join(parts[2:4]))
+            files = self.hub.repositories.get("/".join(parts[2:4]))
             if files is None:
                 return self._json({"error": "Repository not found"}, status=404, code="RepoNotFound")
             if parts[4:5] == ["tree"]:
@@ -78,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._json(found)
             siblings = [{"rfilename": path, "size": len(content)} for path, content in files.items()]
             return self._json({"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": siblings})
-        content = self.server.repositories.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
+        content = self.hub.repositories.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
         if content is None:
             return self._json({"error": self.path}, status=404, code="EntryNotFound")
         self.send_response(200)

@@ -85,7 +85,7 @@ def test_unknown_keys_inside_lists_and_unions_have_their_real_path(run_path: Pat
 
 
 def test_all_problems_come_at_once(run_path: Path) -> None:
-    overrides = ["train.batch_size=-1", "wiring.kind=acausl", "train.precision=float8", "nonlinearity.k=ten"]
+    overrides = ["train.batch_size=-1", "wiring.kind=acausl", "init.across_sources=some", "nonlinearity.k=ten"]
     with pytest.raises(ConfigError) as caught:
         RunConfig.load(run_path, overrides)
     lines = str(caught.value).splitlines()
@@ -94,7 +94,7 @@ def test_all_problems_come_at_once(run_path: Path) -> None:
     assert any(
         line.startswith("  train.batch_size: input should be greater than or equal to 1; got -1") for line in lines
     )
-    assert any(line.startswith("  train.precision:") and "float8" in line for line in lines)
+    assert any(line.startswith("  init.across_sources:") and "some" in line for line in lines)
     assert any(line.startswith("  nonlinearity.k: input should be a valid integer") for line in lines)
 
 

@@ -12,11 +12,11 @@ Exact: no approximation beyond the order of summation.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.nn.functional import embedding_bag
 
 from crosscoder.codes import Pattern
@@ -57,17 +57,17 @@ def _segment_sums(index: Tensor, table: Tensor, starts: Tensor, weights: Tensor)
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, encoder: Tensor, bias: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
+    def forward(ctx: Any, x: Tensor, encoder: Tensor, bias: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
         ctx.save_for_backward(x, encoder)
-        ctx.pattern = pattern  # pyright: ignore[reportAttributeAccessIssue]
+        ctx.pattern = pattern
         return values.clone()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
-        x, encoder = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
-        pattern: Pattern = ctx.pattern  # pyright: ignore[reportAttributeAccessIssue]
-        needs_x: bool = ctx.needs_input_grad[0]  # pyright: ignore[reportAttributeAccessIssue]
-        grad = grad.contiguous()
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+        x, encoder = ctx.saved_tensors
+        pattern: Pattern = ctx.pattern
+        needs_x: bool = ctx.needs_input_grad[0]
+        grad = grad_outputs[0].contiguous()
         grad_x = sum_by_row(pattern, grad, encoder) if needs_x else None
         grad_bias = torch.zeros_like(encoder[:, 0]).index_add_(0, pattern.latents, grad)
         return grad_x, sum_by_latent(pattern, grad, x), grad_bias, None, None
@@ -75,16 +75,16 @@ class _Encode(torch.autograd.Function):
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, values: Tensor, decoder: Tensor, pattern: Pattern) -> Tensor:
+    def forward(ctx: Any, values: Tensor, decoder: Tensor, pattern: Pattern) -> Tensor:
         ctx.save_for_backward(values, decoder)
-        ctx.pattern = pattern  # pyright: ignore[reportAttributeAccessIssue]
+        ctx.pattern = pattern
         return sum_by_row(pattern, values, decoder)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        values, decoder = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
-        pattern: Pattern = ctx.pattern  # pyright: ignore[reportAttributeAccessIssue]
-        grad = grad.contiguous()
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        values, decoder = ctx.saved_tensors
+        pattern: Pattern = ctx.pattern
+        grad = grad_outputs[0].contiguous()
         return pair_products(pattern, grad, decoder), sum_by_latent(pattern, values, grad), None
 
 

@@ -188,10 +188,6 @@ class TrainConfig(Settings):
     k_anneal_fraction: Fraction = Field(
         default=0.0, description="First part of the run, in which k goes from k_start to k."
     )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto",
-        description="Arithmetic of the large products; auto: bfloat16 where the device has it in hardware.",
-    )
     checkpoint_every: Count | None = Field(
         default=None, description="Steps between checkpoints; null: a tenth of the run."
     )
@@ -332,4 +328,4 @@ class RunConfig(Settings):
         theirs = runfile.flatten(other.model_dump(mode="json"))
         keys = [*mine, *(key for key in theirs if key not in mine)]
         pairs = [runfile.Difference(key, mine.get(key), theirs.get(key)) for key in keys]
-        return [pair for pair in pairs if pair.mine != pair.theirs and pair.mine not in (None, "auto")]
+        return [pair for pair in pairs if pair.mine != pair.theirs and pair.mine is not None]

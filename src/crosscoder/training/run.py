@@ -119,8 +119,8 @@ def train(
         return TrainResult(Crosscoder.load(directory.crosscoder), _last_metrics(directory), directory.path)
     study = Study.open(run, progress=progress)
     stream = study.stream(study.corpus, progress=progress)  # every check of models and text is behind us now
-    held_out = _analysis_set(study, directory)
     study.run.dump(directory.config)
+    held_out = _analysis_set(study, directory)
     validation = list(_first_rows(study.stream(held_out).contexts(), VALIDATION_ROWS))
     trainer = _trainer(study, stream, directory, device=device or _best_device(), progress=progress)
     recorder = Recorder(SinkGroup([JsonlSink(), *sinks]), Meter(trainer.crosscoder), validation)

@@ -124,13 +124,15 @@ class Trainer:
         reads, writes = (normalised.index_select(1, self._columns[side]) for side in ("reads", "writes"))
         code = self.crosscoder.encode_normalised(reads, k=self.k)
         error = writes - self.crosscoder.decode_normalised(code)
-        terms = self._terms(code, reads, error)
-        total = (self._weights * terms[0]).sum() + sum(terms[1:])
+        errors, sparsity, auxiliary = self._terms(code, reads, error)
+        total = (self._weights * errors).sum() + sparsity + auxiliary
         total.backward()
         gradient_norm = self._update()
         self._follow(code)
         self.step_number += 1
-        return StepResult(total.detach(), *(term.detach() for term in terms), gradient_norm, code.detach())
+        return StepResult(
+            total.detach(), errors.detach(), sparsity.detach(), auxiliary.detach(), gradient_norm, code.detach()
+        )
 
     def check(self, result: StepResult) -> None:
         """Raises TrainingDiverged unless the loss is finite and smaller than four times that of predicting zero."""
