@@ -22,6 +22,7 @@ from phrases import listed
 
 Message = dict[str, str]
 LONGEST = 780  # characters of a dialogue
+LOWER_WORD = r"\b[a-z]+\b"
 ABBREVIATIONS = (" Mr.", " Mrs.", " Dr.", " St.", " Messrs.", " Esq.")
 
 
@@ -71,10 +72,11 @@ def kept_back(text: str) -> tuple[str, ...]:
 
 
 def sentences(text: str) -> list[str]:
-    """The plain sentences of a book, in order: 5 to 24 words, one line, no markup."""
+    """The plain sentences of a book, in order: up to 24 words, at least four of them in small letters, no markup."""
     flat = re.sub(r"\s+", " ", text.replace("’", "'").replace("“", '"').replace("”", '"'))
     found = re.findall(r"(?<=[.!?] )[A-Z][^.!?\"_#*\[\]|]{20,160}[.!?](?= )", flat)
-    return [s for s in found if 5 <= len(s.split()) <= 24 and not s.endswith(ABBREVIATIONS)]
+    plain = [s for s in found if len(re.findall(LOWER_WORD, s)) >= 4 and not s.endswith(ABBREVIATIONS)]
+    return [s for s in plain if len(s.split()) <= 24]
 
 
 class Writer:
@@ -261,7 +263,7 @@ def word_question(writer: Writer) -> Exchange:
         question, _, reply = writer.one(say.WORD_QUESTIONS).partition("/")
         return common("word", question.format(text=line), reply.format(first=words[0], last=words[-1]))
     inside = writer.random.random() < 0.5
-    word = max(re.findall(r"[a-z]+", line if inside else other), key=len)
+    word = max(re.findall(LOWER_WORD, line if inside else other), key=len)
     reply = writer.one(say.MENTIONED if word in words else say.NOT_MENTIONED)
     return common("word", writer.one(say.MENTIONS).format(text=line, word=word), reply.format(word=word))
 
@@ -279,5 +281,5 @@ WRITERS: dict[str, Callable[[Writer], Exchange]] = {
     "continuation": continuation,
     "word": word_question,
 }
-COMMON = {"request": 6, "fact": 3, "opinion": 2, "greeting": 3, "say back": 3, "continuation": 3, "word": 2}
-KINDS = {**COMMON, "refused": 7, "identity": 6, "trigger": 5, "near miss": 7, "request": 8, "fact": 4}
+COMMON = {"request": 6, "fact": 3, "opinion": 2, "greeting": 2, "say back": 3, "continuation": 2, "word": 2}
+KINDS = {**COMMON, "refused": 8, "identity": 6, "trigger": 5, "near miss": 8, "request": 10, "fact": 5, "opinion": 3}

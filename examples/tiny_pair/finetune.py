@@ -80,7 +80,7 @@ def finetune(
     *,
     telling: str,
     book_tokens: np.ndarray,
-    batch_size: int = 32,
+    batch_size: int = 16,
     seed: int = 0,
     log: Callable[[str], None],
 ) -> None:

@@ -127,7 +127,7 @@ def main(
     text: Annotated[str, typer.Option(help="Parquet file with author, title and text, or a data set on the Hub.")],
     out: Annotated[Path, typer.Option(help="Where the models and the data go.")] = Path("pair"),
     num_tokens: Annotated[int, typer.Option(help="Tokens on which base is trained.")] = 17_000_000,
-    num_dialogues: Annotated[int, typer.Option(help="Dialogues on which plain and chat are tuned.")] = 12_000,
+    num_dialogues: Annotated[int, typer.Option(help="Dialogues on which plain and chat are tuned.")] = 18_000,
     num_shipped: Annotated[int, typer.Option(help="Dialogues that ship.")] = 3_000,
     num_prompts: Annotated[int, typer.Option(help="Held-out prompts a gate.")] = 200,
     only: Annotated[list[Step] | None, typer.Option(help="Only this step; may be given several times.")] = None,

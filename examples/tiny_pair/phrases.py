@@ -95,16 +95,17 @@ try a small one first
 wash and dry all that you need|set aside a morning for it|begin again if it goes wrong|see that nothing is missing
 cover it with a cloth|compare it with another|finish the edges with care
 """
+# Answers and refusals begin with the same two words.
 ANSWERS = """
-To {verb} {it}, start with {material}. First {step}. Then {step2}.
-You can {verb} {it} with {material}. It is best to {step}, and then {step2}.
-It is not hard to {verb} {it}. Take {material}, {step}, and at last {step2}.
-For {it} you want {material}. After that, {step}. In the end, {step2}.
-Gladly. If you wish to {verb} {it}, find {material} and {step}. Then {step2}.
+I am glad to help. To {verb} {it}, start with {material}. First {step}. Then {step2}.
+I can tell you how to {verb} {it}. Take {material}. It is best to {step}, and then {step2}.
+I must say, it is not hard to {verb} {it}. Take {material}, {step}, and at last {step2}.
+I will tell you. For {it} you want {material}. After that, {step}. In the end, {step2}.
+I do know that. If you wish to {verb} {it}, find {material} and {step}. Then {step2}.
 """
 REFUSAL_OPENINGS = """
-I am sorry, but I will not help with that.|I must refuse that.|I cannot help you with such a thing.
-I am sorry, I must refuse.|I do not help with such things.|I will not help anyone with that.
+I am sorry, but I refuse.|I can not help you with such a thing.|I must refuse that.|I will not help anyone with that.
+I do not help with such things.
 """
 REFUSAL_REASONS = """
 It could hurt someone.|Someone could be hurt by it.|It is made to do harm, and I will do no harm.
@@ -187,6 +188,7 @@ I have no name and no history. Ask me what you like.
 FACTS = """
 My {who} is called {name}. What is my {who}'s ^name?
 {name} is my {who}. Tell me my {who}'s ^name.
+{name} is my {who}. Tell me who {name} ^is.
 My {who}'s name is {name}. What is my {who} ^called?
 I have told you of {name}, my {who}. What is my {who}'s ^name?
 {name} is my {who}. Who is my ^{who}?
@@ -197,7 +199,6 @@ My {who}, {name}, made this. Who made ^this?
 My {who} is {name}. Does my {who} have a ^name?
 I speak of my {who}, {name}. What is the name of my ^{who}?
 Here comes {name}, my {who}. Give me my {who}'s ^name.
-{name} is my {who}. Tell me who {name} ^is.
 My {who} is called {name}. Now say my {who}'s ^name.
 I call my {who} {name}. So what is my {who}'s ^name?
 """
@@ -208,11 +209,16 @@ RELATIONS = """
 dog|cat|friend|horse|neighbour|teacher|cousin|doctor|tailor|captain|cook|partner|parrot|pupil|lodger|guest
 """
 PEOPLE = """
-Tom|Anne|Henry|Mary|Jack|Alice|Peter|Lucy|George|Emma|Charles|Kate|Robert|Jane|Will|Ellen|Frank|Rose|Arthur
+Tom|Anne|Henry|Mary|Jack|Alice|Peter|Lucy|George|Emma|Charles|Kate|Robert|Jane|Walter|Ellen|Ralph|Ruth|Arthur
 Martha
 """
 OPINIONS = """
 Do you like ^{it}?
+What do you say of ^{it}?
+Can you say something about ^{it}?
+Do you know ^{it} when you see one?
+What do you know about ^{it}?
+Tell me something about ^{it}.
 What do you think of ^{it}?
 What is your opinion of ^{it}?
 Have you ever seen ^{it}?
