@@ -127,6 +127,16 @@ def test_the_number_after_the_last_appends(run_path: Path) -> None:
     assert run.sources[2] == "base/layers.0.resid_post"
 
 
+def test_the_number_after_the_last_appends_a_block_through_a_longer_path(run_path: Path) -> None:
+    run = RunConfig.load(run_path, ["text.mix.2.dataset=more.parquet", "text.mix.2.weight=0.5"])
+    assert [(part.dataset, part.weight) for part in run.text.mix[1:]] == [
+        ("talks.parquet", 0.25),
+        ("more.parquet", 0.5),
+    ]
+    with pytest.raises(ConfigError, match="expected a number from 0 to 2"):
+        RunConfig.load(run_path, ["text.mix.3.dataset=more.parquet"])
+
+
 def test_a_new_kind_drops_keys_it_does_not_accept(run_path: Path) -> None:
     overrides = ["nonlinearity.kind=relu", "sparsity.kind=l1", "sparsity.coefficient=2e-2"]
     run = RunConfig.load(run_path, overrides)
@@ -241,7 +251,7 @@ def test_wirings_build_over_the_sources() -> None:
 
     sources = SourceSet([Source("base", "embed", 4), Source("chat", "embed", 4)])
     assert AcausalConfig(num_latents=8).build(sources).groups[0].reads == sources.keys
-    assert SaeConfig(num_latents=8, source="chat").build(sources).sources.keys == ("chat/embed",)
+    assert SaeConfig(num_latents=8, source="chat").build(sources).groups[0].reads == ("chat/embed",)
 
 
 def test_every_key_has_a_description() -> None:

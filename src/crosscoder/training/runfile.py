@@ -155,10 +155,14 @@ def _put(content: Any, path: Sequence[str], value: object) -> None:
     """Set one value, making the blocks on the way."""
     for depth, part in enumerate(path[:-1]):
         slot = _slot(content, part, path[: depth + 1])
-        if isinstance(content, dict) and content.get(slot) is None:
-            content[slot] = {}
+        if _child(content, slot) is None:
+            _assign(content, slot, {})
         content = content[slot]
-    slot = _slot(content, path[-1], path)
+    _assign(content, _slot(content, path[-1], path), value)
+
+
+def _assign(content: Any, slot: Any, value: object) -> None:
+    """Put a value in its place; the place after the last item of a list is a new one."""
     if isinstance(content, list) and slot == len(content):
         content.append(value)
     else:
