@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from crosscoder.analysis.cross_entropy import cross_entropies
+from crosscoder.analysis.cross_entropy import CrossEntropy, cross_entropies
 from crosscoder.analysis.evaluation import evaluate
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.contexts import DocumentId, Encoder, assemble
@@ -109,6 +110,15 @@ def test_json_and_table_hold_the_numbers() -> None:
     alive = int((found.density > 0).sum())
     assert sum(content["density_histogram"]["num_latents"]) == alive
     assert found.table().column("source").to_pylist() == ["base/embed", "chat/embed"]
+
+
+def test_a_source_without_recovery_leaves_the_smallest_unknown() -> None:
+    """The smallest of 0.99 and an undefined number is not 0.99."""
+    cc = random_crosscoder()
+    found = evaluate(cc, ListedActivations(cc.sources, random_rows(cc.sources, 20)))
+    ce = {"base/embed": CrossEntropy(2.0, 2.01, 3.0, 3.0, 10), "chat/embed": CrossEntropy(2.0, 2.0, 2.0, 3.0, 10)}
+    assert replace(found, cross_entropy={"base/embed": ce["base/embed"]}).ce_recovered_min == pytest.approx(0.99)
+    assert replace(found, cross_entropy=ce).ce_recovered_min is None
 
 
 @pytest.fixture

@@ -166,6 +166,22 @@ def test_halves_are_equal_and_do_not_depend_on_order() -> None:
     np.testing.assert_array_equal(choosing_half(document[order], positive[order], hashes), half[order])
 
 
+def test_a_binary_file_is_no_labels(tmp_path: Path) -> None:
+    """An error of ours, naming the file."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(range(256)))
+    with pytest.raises(FileFormatError, match="not text in UTF-8"):
+        read_labels(path)
+
+
+def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
+    """Other separators may stand inside a JSON string."""
+    path = tmp_path / "labels.jsonl"
+    line = '{"context": "c", "span": [0, 1], "label": "one\u2028two\u0085", "value": true}'
+    path.write_bytes((HEAD + line + "\r\n").encode())
+    assert [span.label for span in read_labels(path)] == ["one\u2028two\u0085"]
+
+
 def test_selecting_rows_of_a_code() -> None:
     """The same as selecting rows of the dense matrix."""
     dense = torch.relu(torch.randn(9, 5, generator=torch.Generator().manual_seed(0)))

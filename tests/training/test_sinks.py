@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from rich.console import Console
@@ -28,6 +29,15 @@ def test_jsonl_keeps_every_record(tmp_path: Path) -> None:
     lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[0]) == {"format": "crosscoder.metrics/1"}
     assert [json.loads(line) for line in lines[1:]] == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+
+
+def test_jsonl_has_null_for_what_is_not_a_number(tmp_path: Path) -> None:
+    sink = JsonlSink()
+    sink.open(start_at(tmp_path))
+    sink.record(1, {"loss": float("nan"), "fve": float("-inf")})
+    sink.close()
+    text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert text.splitlines()[1] == '{"step": 1, "loss": null, "fve": null}'
 
 
 def test_jsonl_removes_records_past_the_restored_step(tmp_path: Path) -> None:
@@ -120,6 +130,31 @@ def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch)
         sinks.wandb_sink()
     with pytest.raises(MissingExtra, match=r"pip install 'crosscoder\[tensorboard\]'"):
         sinks.tensorboard_sink()
+
+
+class Wandb(ModuleType):
+    """Stands for the package: keeps what `init` was called with."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.started: list[dict[str, object]] = []
+
+    def init(self, **settings: object) -> None:
+        self.started.append(settings)
+
+
+def test_wandb_goes_on_with_its_run_and_never_with_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directories of one name, and a run begun again, are runs of their own; continuing finds the same one."""
+    wandb = Wandb()
+    monkeypatch.setattr(sinks, "import_module", lambda name: wandb)
+    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    for directory, step in [(one, 0), (two, 0), (one, 20), (one, 0), (two, 20)]:
+        sinks.wandb_sink().open(start_at(directory, step))
+    ids = [settings["id"] for settings in wandb.started]
+    assert ids[2] == ids[0] and ids[4] == ids[1]
+    assert len(set(ids)) == 3
+    assert json.loads((one / "tracker.json").read_text())["format"] == "crosscoder.tracker/1"
+    assert {settings["name"] for settings in wandb.started} == {"run"}
 
 
 @pytest.mark.slow

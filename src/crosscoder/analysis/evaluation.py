@@ -6,6 +6,7 @@ eval mode (calibrated threshold); rows that the run drops (bos, pad) never arriv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,8 +55,9 @@ class Evaluation:
 
     @property
     def ce_recovered_min(self) -> float | None:
-        """The smallest of both, over all sources; None without models."""
-        return min([*self.ce_recovered.values(), *self.ce_recovered_mean.values()], default=None)
+        """The smallest of both, over all sources; None without models, or where one of them is undefined."""
+        found = [*self.ce_recovered.values(), *self.ce_recovered_mean.values()]
+        return min(found) if found and all(map(math.isfinite, found)) else None
 
     @property
     def density_histogram(self) -> Int[np.ndarray, "bins"]:

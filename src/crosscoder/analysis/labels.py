@@ -54,7 +54,11 @@ def read_labels(path: str | Path) -> list[LabelSpan]:
     path = Path(path)
     if not path.is_file():
         raise FileFormatError(f"expected a file of labels {path}; there is none.", hint="Check the path of --labels.")
-    lines = [(n, text) for n, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if text.strip()]
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path} is not text in UTF-8.", hint="Give a labels.jsonl as --labels.") from error
+    lines = [(n, text) for n, text in enumerate(content.split("\n"), 1) if text.strip()]
     head = _object(path, *lines[0]) if lines else {}
     check_format(path, head.get("format"), thing="labels")
     return [_span(path, number, text) for number, text in lines[1:]]

@@ -26,11 +26,12 @@ from crosscoder.analysis.labels import read_labels
 from crosscoder.analysis.opened_run import OpenedRun, open_crosscoder, open_run
 from crosscoder.analysis.report import report
 from crosscoder.analysis.statistics import LatentStatistics
-from crosscoder.analysis.tables import json_values, read_table, write_table
+from crosscoder.analysis.tables import read_table, write_table
 from crosscoder.analysis.tokens import exemplar_table
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import SourceMismatch
 from crosscoder.progress import Progress, silent
+from crosscoder.training.json_numbers import json_values
 
 EVALUATION, LATENTS, EXEMPLARS = "evaluation.json", "latents.parquet", "exemplars.parquet"
 SUMMARY, REPORT = "summary.json", "report.html"

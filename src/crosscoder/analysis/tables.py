@@ -1,11 +1,9 @@
-"""Parquet files that say what they are (metadata `format: crosscoder.<thing>/1`), written whole; values for JSON."""
+"""Parquet files that say what they are (metadata `format: crosscoder.<thing>/1`), written whole."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,15 +11,6 @@ import pyarrow.parquet as pq
 
 from crosscoder import files
 from crosscoder.errors import FileFormatError
-
-
-def json_values(content: Any) -> Any:
-    """The same content with null for NaN and infinity, which JSON does not have."""
-    if isinstance(content, Mapping):
-        return {key: json_values(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [json_values(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_table(path: Path, table: pa.Table, *, thing: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from crosscoder.errors import CrosscoderError
+from crosscoder.training.json_numbers import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,8 +75,8 @@ def _quiet() -> None:
 
 
 def print_json(content: Mapping[str, Any] | Sequence[Any]) -> None:
-    """One JSON value on standard output."""
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False, default=str))
+    """One JSON value on standard output; null for numbers that JSON does not have."""
+    typer.echo(json_text(content, indent=2))
 
 
 def print_pairs(pairs: Mapping[str, object]) -> None:

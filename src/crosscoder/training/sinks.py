@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,7 +18,8 @@ from types import ModuleType
 from typing import IO, Any, Protocol
 
 from crosscoder.errors import FileFormatError, MissingExtra
-from crosscoder.files import check_format, explaining_full_disk, replacing
+from crosscoder.files import check_format, explaining_full_disk, read_json, replacing, write_json
+from crosscoder.training.json_numbers import json_text
 
 log = logging.getLogger(__name__)
 FORMAT = "crosscoder.metrics/1"
@@ -65,14 +67,14 @@ class JsonlSink:
         kept = read_metrics(path, until=start.step) if path.exists() and start.step else []
         head: dict[str, Any] = {"format": FORMAT}
         with replacing(path) as draft:
-            draft.write_text("".join(json.dumps(line) + "\n" for line in [head, *kept]), encoding="utf-8")
+            draft.write_text("".join(json_text(line) + "\n" for line in [head, *kept]), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line and hand it to the system."""
         assert self._file is not None, "record before open"
         with explaining_full_disk(Path(self._file.name)):
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.write(json_text({"step": step, **metrics}) + "\n")
             self._file.flush()
 
     def close(self) -> None:
@@ -120,15 +122,13 @@ class TrackerSink:
             return
         try:
             action()
-        except MissingExtra:
-            raise
         except Exception as error:  # noqa: BLE001 (a tracker can fail in any way, and the run must not)
             self._works = False
             log.warning("%s failed and is left out from here on: %s: %s", self._name, type(error).__name__, error)
 
 
 class _Wandb:
-    """Metrics to Weights & Biases."""
+    """Metrics to Weights & Biases; `tracker.json` in the run directory says which of its runs they belong to."""
 
     def __init__(self, wandb: ModuleType, *, project: str) -> None:
         self._wandb = wandb
@@ -136,12 +136,11 @@ class _Wandb:
         self._run: Any = None
 
     def open(self, start: RunStart) -> None:
-        """Start the run there, or go on with the one of this name."""
-        name = start.directory.name
+        """Start a run there, or go on with the one that this run started."""
         self._run = self._wandb.init(
             project=self._project,
-            name=name,
-            id=name,
+            name=start.directory.name,
+            id=_tracked_run(start),
             dir=str(start.directory),
             config=dict(start.config),
             resume="allow",
@@ -154,6 +153,16 @@ class _Wandb:
     def close(self) -> None:
         """Finish the run there."""
         self._run.finish()
+
+
+def _tracked_run(start: RunStart) -> str:
+    """The tracker's name for this run: as kept when continuing, else a new one, since directory names repeat."""
+    path = start.directory / "tracker.json"
+    if start.step and path.exists():
+        return str(read_json(path, thing="tracker")["wandb"])
+    new = uuid.uuid4().hex
+    write_json(path, {"format": "crosscoder.tracker/1", "wandb": new})
+    return new
 
 
 class _Tensorboard:
