@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
-from crosscoder import __version__, cli
+from crosscoder import __version__
+from crosscoder.capture import loading
 from crosscoder.cli import doctor
 from crosscoder.cli.app import app
-from crosscoder.cli.reporting import one_screen, print_pairs, print_table
+from crosscoder.cli.reporting import one_screen, print_json, print_pairs, print_table
 
 VERBS = ("demo", "train", "evaluate", "diff", "doctor")
 
@@ -153,6 +156,31 @@ def test_doctor_names_what_is_missing_and_the_fix(monkeypatch: pytest.MonkeyPatc
     assert findings["model hub"].state == "note"
 
 
+def test_doctor_reports_absent_packages_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", absent)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    findings = {finding.name: finding for finding in doctor.examine(network=True)}
+    for name in ("torch", "transformers", "datasets"):
+        assert (findings[name].state, findings[name].fix) == ("missing", f"pip install {name}")
+    assert findings["cpu"].state == "note"
+
+
+def test_doctor_and_capture_agree_on_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype, answer in ((torch.bfloat16, "yes"), (torch.float32, "no")):
+        monkeypatch.setattr(loading, "default_cpu_dtype", lambda dtype=dtype: dtype)
+        findings = {finding.name: finding for finding in doctor.examine(network=False)}
+        assert findings["cpu"].text.endswith(f"bfloat16 in hardware: {answer}")
+
+
+def test_printed_json_has_null_for_what_is_not_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"fve": float("nan"), "rows": [float("inf"), 1.5]})
+    assert json.loads(capsys.readouterr().out) == {"fve": None, "rows": [None, 1.5]}
+
+
 def test_doctor_prints_json() -> None:
     findings = json.loads(invoke("doctor", "--json").stdout)
     assert {"python", "torch", "cpu", "memory", "disk", "demo models"} <= {finding["name"] for finding in findings}
@@ -176,10 +204,6 @@ def test_tables_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
         "loss  0.1235",
         "rate  23,457",
     ]
-
-
-def test_the_package_says_what_it_is() -> None:
-    assert cli.__doc__
 
 
 @pytest.mark.slow

@@ -66,14 +66,22 @@ def examine(*, network: bool) -> Iterator[Finding]:
 
 def _packages() -> Iterator[Finding]:
     for name in ("torch", "transformers", "datasets"):
-        yield Finding(name, "ok", metadata.version(name))
+        try:
+            yield Finding(name, "ok", metadata.version(name))
+        except metadata.PackageNotFoundError:
+            yield Finding(name, "missing", "not installed", f"pip install {name}")
 
 
 def _devices() -> Iterator[Finding]:
-    import torch
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    fast = cpu_has_bfloat16()
+    try:
+        import torch
+
+        from crosscoder.capture import loading
+    except ImportError as error:
+        yield Finding("cpu", "note", f"{cores} cores; nothing more is known without {error.name}")
+        return
+    fast = loading.default_cpu_dtype() == torch.bfloat16
     yield Finding("cpu", "ok", f"{cores} cores, bfloat16 in hardware: {'yes' if fast else 'no'}")
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
@@ -81,13 +89,6 @@ def _devices() -> Iterator[Finding]:
         yield Finding(f"cuda:{index}", "ok", f"{card.name}, {card.total_memory / 1e9:.0f} GB, bfloat16: {bfloat16}")
     if not torch.cuda.is_available():
         yield Finding("cuda", "note", "no device: models and training run on the CPU")
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 matrices in hardware, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _memory() -> Finding:
@@ -140,8 +141,10 @@ def _pair() -> Finding:
 def _hub() -> Finding:
     from urllib.request import urlopen
 
-    from huggingface_hub.constants import ENDPOINT
-
+    try:
+        from huggingface_hub.constants import ENDPOINT
+    except ImportError:
+        return Finding(HUB, "note", "not asked: huggingface_hub is not installed", "pip install huggingface_hub")
     try:
         urlopen(ENDPOINT, timeout=5).close()
     except OSError as error:
