@@ -11,15 +11,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from crosscoder.analysis import CrossEntropy, diff_run, evaluate_run
-from crosscoder.analysis.opened_run import open_run
-from crosscoder.analysis.tables import json_values, read_table
+from crosscoder.analysis.opened_run import OpenedRun, open_run
+from crosscoder.analysis.tables import read_table
+from crosscoder.capture.corpus import Corpus
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import ConfigError, CrosscoderError, FileFormatError, RunConflict, SourceMismatch
 from crosscoder.training.config import RunConfig, SaeConfig
+from crosscoder.training.json_numbers import json_values
 from crosscoder.training.run import train
-from crosscoder.training.runfile import validate
+from crosscoder.training.runfile import override, validate
+
+from .worlds import random_crosscoder
 
 SITE = "layers.0.resid_post"
 
@@ -162,6 +167,44 @@ def test_a_crosscoder_alone_brings_its_configuration(run: Path, tmp_path: Path) 
     there = evaluate_run(alone, out=tmp_path / "results", num_ce_tokens=100)
     assert there.fve == evaluate_run(run, num_ce_tokens=100).fve
     assert open_run(run / "crosscoder").out == run
+
+
+def test_the_set_is_rendered_with_the_tokenizer_of_the_text(
+    config: RunConfig, toy_chat_path: Path, tmp_path: Path
+) -> None:
+    """Chat templates differ: the set that a bare crosscoder makes again is that of `text.tokenizer`."""
+    chat = shutil.copytree(toy_chat_path, tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(chat)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "<|end|><|eos|>")
+    tokenizer.save_pretrained(chat)
+    turns = [{"messages": [{"role": "user", "content": f"is it {n} ?"}]} for n in range(30)]
+    dialogues = tmp_path / "dialogues.jsonl"
+    dialogues.write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    overrides = [f"models.chat.path={chat}", "text.tokenizer=chat", f"text.mix.0.dataset={dialogues}"]
+    overrides += ["text.mix.0.column=messages", "text.mix.0.chat=true"]
+    raw = override(config.model_dump(mode="json"), overrides, schema=RunConfig)
+    changed = validate(RunConfig, raw, name="chat run")
+    wanted = Corpus(changed.text, tokenizer, seed=changed.seed).held_out()
+    assert 2 in wanted.token_ids  # <|eos|>
+    opened = OpenedRun(random_crosscoder(), changed, tmp_path / "out")
+    assert opened.text.hash == wanted.hash
+
+
+def test_results_of_two_crosscoders_do_not_share_a_set(
+    trained: Path, run: Path, config: RunConfig, tmp_path: Path
+) -> None:
+    """A run's own set goes first, wherever results go; a directory that holds another text's set is refused."""
+    other = validate(RunConfig, config.model_dump(mode="json") | {"seed": 5, "out": str(tmp_path / "b")}, name="b")
+    b = train(other).path
+    assert open_run(b).text.hash != open_run(run).text.hash
+    assert open_run(b, out=tmp_path / "elsewhere").text.hash == open_run(b).text.hash
+    alone = [shutil.copytree(path / "crosscoder", tmp_path / f"alone-{path.name}") for path in (run, b)]
+    results = tmp_path / "results"
+    assert open_run(alone[0], out=results).text.hash == open_run(run).text.hash
+    assert open_run(alone[0], out=results).text.hash == open_run(run).text.hash
+    for stranger in (alone[1], b):
+        with pytest.raises(RunConflict, match="analysis set of another text"):
+            _ = open_run(stranger, out=results).text
 
 
 def test_a_baseline_stands_beside(run: Path, config: RunConfig, tmp_path: Path) -> None:

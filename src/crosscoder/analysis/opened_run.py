@@ -15,6 +15,7 @@ from xxhash import xxh3_128
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.corpus import Corpus
 from crosscoder.capture.huggingface import Tokenizer
+from crosscoder.capture.loading import load_tokenizer
 from crosscoder.capture.models import StudiedModel
 from crosscoder.capture.stream import ActivationStream
 from crosscoder.crosscoder import Crosscoder
@@ -28,11 +29,15 @@ from crosscoder.training.directory import RunDirectory
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """A trained crosscoder, the configuration that made it, and the directory that results go to."""
+    """A trained crosscoder, the configuration that made it, and the directory that results go to.
+
+    `home` is its run directory, where it has one.
+    """
 
     crosscoder: Crosscoder
     config: RunConfig
     out: Path
+    home: RunDirectory | None = None
     progress: Progress = silent
 
     @cached_property
@@ -46,18 +51,29 @@ class OpenedRun:
         self.progress("loading models", len(aliases), len(aliases))
         return loaded
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the models, which is one and the same."""
-        return self.models[self.crosscoder.sources.models[0]].tokenizer
+        """The tokenizer that renders the text; the models share its vocabulary, but not always its chat template."""
+        return load_tokenizer(self.config.models[self.config.text.tokenizer])
 
     @cached_property
     def text(self) -> AnalysisSet:
-        """The held-out set: as saved, or made again from the text of the run and then saved."""
-        directory = RunDirectory(self.out).analysis
-        if not (directory / "set.json").exists():
-            self._corpus_set().save(directory)
-        return AnalysisSet.load(directory)
+        """The held-out set: of the run directory, or made again from the text of the run and kept with the results.
+
+        Raises RunConflict where the results' directory holds a set of another text: results there are of that one.
+        """
+        own = None if self.home is None else _saved_set(self.home)
+        mine = own or self._corpus_set()
+        there = _saved_set(RunDirectory(self.out))
+        if there is not None and there.hash != mine.hash:
+            raise RunConflict(
+                f"{self.out} holds the analysis set of another text.",
+                details=[f"hash there             {there.hash}", f"hash of this held-out  {mine.hash}"],
+                hint="Choose another directory with out=PATH (--out).",
+            )
+        if own is None and there is None:
+            mine.save(RunDirectory(self.out).analysis)
+        return mine
 
     def activations(self) -> ActivationStream:
         """Activations of the crosscoder's sources over the analysis set."""
@@ -85,14 +101,19 @@ def open_run(path: str | Path, *, out: str | Path | None = None, progress: Progr
     directory = _run_directory(Path(path))
     if directory is None:
         crosscoder = Crosscoder.load(path)
-        return OpenedRun(crosscoder, _recorded(crosscoder, path), _chosen(out, path), progress)
+        return OpenedRun(crosscoder, _recorded(crosscoder, path), _chosen(out, path), progress=progress)
     if not directory.finished:
         raise RunConflict(
             f"the run in {directory.path} is not finished: it has no trained crosscoder yet.",
             hint=f"Finish it: crosscoder train {directory.config}",
         )
     crosscoder = Crosscoder.load(directory.crosscoder)
-    return OpenedRun(crosscoder, RunConfig.load(directory.config), Path(out or directory.path), progress)
+    config = RunConfig.load(directory.config)
+    return OpenedRun(crosscoder, config, Path(out or directory.path), home=directory, progress=progress)
+
+
+def _saved_set(directory: RunDirectory) -> AnalysisSet | None:
+    return AnalysisSet.load(directory.analysis) if (directory.analysis / "set.json").exists() else None
 
 
 def open_crosscoder(path: str | Path) -> Crosscoder:
