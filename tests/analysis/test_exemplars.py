@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from crosscoder.activations import Batch, Rows
-from crosscoder.analysis.exemplars import Exemplars
+from crosscoder.analysis.exemplars import Entries, Exemplars
 from crosscoder.analysis.passes import watch
 from crosscoder.analysis.statistics import LatentStatistics
+from crosscoder.analysis.tokens import exemplar_table, token_pieces
+from crosscoder.capture.analysis_set import AnalysisSet
+from crosscoder.capture.contexts import DocumentId, Encoder, assemble
+from crosscoder.capture.text import Document
 from crosscoder.codes import SparseCode
 from crosscoder.errors import SourceMismatch
 
@@ -57,6 +64,46 @@ def test_rows_that_do_not_say_where_they_lie_are_refused() -> None:
     cc = random_crosscoder()
     with pytest.raises(SourceMismatch, match="where each row lies"):
         watch(cc, ListedActivations(cc.sources, random_rows(cc.sources, 8)), [Exemplars(cc.num_latents)])
+
+
+def test_the_table_holds_the_windows_cut_to_their_contexts(toy_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Vectorised windows equal those cut one by one; every token of the vocabulary is decoded once."""
+    encoder = Encoder(toy_tokenizer, ("bos", "pad"))
+    documents = [Document.of(f"the old house {'stood ' * n}at the end of the lane", dataset="toy") for n in range(1, 9)]
+    tokens = [(encoder.encode(d, separator=False), DocumentId(d.hash, "toy")) for d in documents]
+    text = AnalysisSet.of([assemble(encoder.opening(), [part]) for part in tokens], vocabulary="toy")
+    generator = np.random.default_rng(0)
+    context = np.repeat(np.arange(8), 5)
+    length = text.pointers.diff().numpy()[context]
+    position = (generator.random(40) * length).astype(np.int64)
+    window = generator.random((40, 9)).astype(np.float32)
+    window[generator.random((40, 9)) < 0.2] = np.nan
+    role = np.zeros(40, dtype=np.int64)
+    entries = Entries(np.arange(40), context, position, role, window[:, 6].astype(float), window)
+    rows = exemplar_table(entries, text, toy_tokenizer, before=6).to_pylist()
+    for e, row in enumerate(rows):
+        first, last = max(0, position[e] - 6), min(length[e], position[e] + 3)
+        start = int(text.pointers[context[e]])
+        ids = text.token_ids[start + first : start + last].tolist()
+        assert (row["first_position"], row["token_ids"]) == (first, ids)
+        assert row["pieces"] == [token_pieces(toy_tokenizer, ids)[token] for token in ids]
+        cut = window[e, first - position[e] + 6 : last - position[e] + 6].tolist()
+        assert row["values"] == [None if value != value else value for value in cut]
+
+
+def test_a_batch_touches_only_its_own_latents() -> None:
+    """With many latents held, a batch in which one is active costs what that one costs."""
+    num_latents = 200_000
+    found = Exemplars(num_latents, num_exemplars=10, before=1, after=1)
+    rows = Rows(torch.tensor([0]), torch.tensor([1]), torch.tensor([0], dtype=torch.int8))
+    found.update(Batch(torch.zeros(1, 1), rows), SparseCode.from_dense(torch.ones(1, num_latents)))
+    start = time.process_time()
+    for number in range(1, 200):
+        rows = Rows(torch.tensor([number]), torch.tensor([1]), torch.tensor([0], dtype=torch.int8))
+        code = SparseCode(torch.tensor([0, 1]), torch.tensor([7]), torch.tensor([float(number)]), num_latents)
+        found.update(Batch(torch.zeros(1, 1), rows), code)
+    assert time.process_time() - start < 2
+    assert found.entries.context[found.entries.latent == 7].tolist() == list(range(199, 189, -1))
 
 
 def test_statistics_equal_the_dense_code() -> None:

@@ -57,11 +57,15 @@ class Exemplars:
     def __init__(self, num_latents: int, *, num_exemplars: int = 10, before: int = 24, after: int = 8) -> None:
         self.num_latents, self.num_exemplars = num_latents, num_exemplars
         self.before, self.after = before, after
-        self._least = np.zeros(num_latents)
-        nothing = np.zeros(0, dtype=np.int64)
-        self.entries = Entries(
-            nothing, nothing, nothing, nothing, np.zeros(0), np.zeros((0, before + 1 + after), dtype=np.float32)
-        )
+        slots = (num_latents, num_exemplars)  # by latent, best first; a value of 0 is an empty slot
+        self._context, self._position, self._role = (np.zeros(slots, dtype=np.int64) for _ in range(3))
+        self._value = np.zeros(slots)
+        self._window = np.zeros((*slots, before + 1 + after), dtype=np.float32)
+
+    @property
+    def entries(self) -> Entries:
+        """The exemplars by latent, best first."""
+        return self._held(np.arange(self.num_latents))
 
     @torch.no_grad()
     def update(self, batch: Batch, code: SparseCode) -> None:
@@ -73,20 +77,32 @@ class Exemplars:
             )
         lookup = _Lookup(batch.rows, code)
         found = lookup.maxima()
-        found = found[lookup.values[found] > self._least[lookup.latents[found]]]
+        found = found[lookup.values[found] > self._value[lookup.latents[found], -1]]
         if len(found):
             self._merge(lookup.entries(found, before=self.before, after=self.after))
 
     def _merge(self, new: Entries) -> None:
-        """Keep the best of what is held and what is new; of one context only the larger entry."""
-        both = _concatenated(self.entries, new)
+        """Keep the best of what is held and what is new, for the latents of `new`; of one context the larger entry."""
+        touched = np.unique(new.latent)
+        both = _concatenated(self._held(touched), new)
         both = both.take(np.lexsort((both.position, -both.value, both.context, both.latent)))
         same = (both.latent[1:] == both.latent[:-1]) & (both.context[1:] == both.context[:-1])
         both = both.take(np.flatnonzero(np.append(True, ~same)))
         both = both.take(np.lexsort((both.context, -both.value, both.latent)))
-        self.entries = both.take(np.flatnonzero(both.rank < self.num_exemplars))
-        full = self.entries.rank == self.num_exemplars - 1
-        self._least[self.entries.latent[full]] = self.entries.value[full]
+        self._hold(both.take(np.flatnonzero(both.rank < self.num_exemplars)))
+
+    def _held(self, latents: Int[np.ndarray, "some"]) -> Entries:
+        """The entries of some latents."""
+        row, rank = np.nonzero(self._value[latents] > 0)
+        slot = latents[row], rank
+        places = self._context[slot], self._position[slot], self._role[slot]
+        return Entries(slot[0], *places, self._value[slot], self._window[slot])
+
+    def _hold(self, entries: Entries) -> None:
+        """Fill the slots of these latents, of which none loses an entry by it."""
+        slot = entries.latent, entries.rank
+        self._context[slot], self._position[slot], self._role[slot] = entries.context, entries.position, entries.role
+        self._value[slot], self._window[slot] = entries.value, entries.window
 
 
 class _Lookup:

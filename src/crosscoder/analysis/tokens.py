@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float, Int
 
 from crosscoder.activations import ROLES
 from crosscoder.analysis.exemplars import Entries
@@ -33,10 +35,9 @@ def exemplar_table(entries: Entries, text: AnalysisSet, tokenizer: Tokenizer, *,
 
     `values` has null for tokens that are no rows (dropped ones). `first_position` is the window's first token.
     """
-    windows = [_window(entries, e, text=text, before=before) for e in range(len(entries.latent))]
-    ids = [window[1] for window in windows]
-    pieces = token_pieces(tokenizer, (token for window in ids for token in window))
-    roles = [ROLES[role] for role in entries.role.tolist()]
+    windows = _windows(entries, text, before=before)
+    pieces, place = _pieces_of(tokenizer, windows.token_ids)
+    roles = pa.array(ROLES, pa.string()).take(pa.array(entries.role))
     return pa.table(
         {
             "latent": pa.array(entries.latent.astype(np.int32)),
@@ -44,20 +45,45 @@ def exemplar_table(entries: Entries, text: AnalysisSet, tokenizer: Tokenizer, *,
             "context": pa.array(entries.context),
             "position": pa.array(entries.position.astype(np.int32)),
             "value": pa.array(entries.value.astype(np.float32)),
-            "role": pa.array(roles, pa.string()),
-            "first_position": pa.array([window[0] for window in windows], pa.int32()),
-            "token_ids": pa.array(ids, pa.list_(pa.int32())),
-            "pieces": pa.array([[pieces[token] for token in window] for window in ids], pa.list_(pa.string())),
-            "values": pa.array([window[2] for window in windows], pa.list_(pa.float32())),
+            "role": roles,
+            "first_position": pa.array(windows.first.astype(np.int32)),
+            "token_ids": windows.lists(pa.array(windows.token_ids.astype(np.int32))),
+            "pieces": windows.lists(pieces.take(pa.array(place))),
+            "values": windows.lists(pa.array(windows.values.astype(np.float32), from_pandas=True)),
         }
     )
 
 
-def _window(entries: Entries, e: int, *, text: AnalysisSet, before: int) -> tuple[int, list[int], list[float | None]]:
-    """First position, token ids and values of one entry's window, cut to its context."""
-    start, stop = text.pointers[int(entries.context[e]) : int(entries.context[e]) + 2].tolist()
-    origin = int(entries.position[e]) - before
-    first, last = max(0, origin), min(stop - start, origin + entries.window.shape[1])
-    values = entries.window[e, first - origin : last - origin].tolist()
-    ids = text.token_ids[start + first : start + last].tolist()
-    return first, ids, [None if value != value else value for value in values]
+@dataclass(frozen=True)
+class _Windows:
+    """The windows of all entries laid end to end, cut to their contexts; `first` is the position each begins at."""
+
+    first: Int[np.ndarray, "entries"]
+    offsets: Int[np.ndarray, "entries_and_one"]
+    token_ids: Int[np.ndarray, "tokens"]
+    values: Float[np.ndarray, "tokens"]
+
+    def lists(self, flat: pa.Array) -> pa.Array:
+        """A column with one list per entry."""
+        return pa.ListArray.from_arrays(pa.array(self.offsets.astype(np.int32)), flat)
+
+
+def _windows(entries: Entries, text: AnalysisSet, *, before: int) -> _Windows:
+    start, stop = (text.pointers.numpy()[entries.context + one] for one in (0, 1))
+    origin = entries.position - before
+    first = np.maximum(0, origin)
+    length = np.minimum(stop - start, origin + entries.window.shape[1]) - first
+    offsets = np.append(0, np.cumsum(length))
+    within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], length)
+    token_ids = text.token_ids.numpy()[np.repeat(start + first, length) + within]
+    values = entries.window[np.repeat(np.arange(len(length)), length), np.repeat(first - origin, length) + within]
+    return _Windows(first, offsets, token_ids, values)
+
+
+def _pieces_of(
+    tokenizer: Tokenizer, token_ids: Int[np.ndarray, "tokens"]
+) -> tuple[pa.Array, Int[np.ndarray, "tokens"]]:
+    """The text of every token that occurs, and for each token its place in it."""
+    unique, place = np.unique(token_ids, return_inverse=True)
+    pieces = token_pieces(tokenizer, unique.tolist())
+    return pa.array([pieces[token] for token in unique.tolist()], pa.string()), place
