@@ -10,7 +10,6 @@ import torch
 
 from crosscoder.activations import ROLES
 from crosscoder.analysis.classes import latent_classes
-from crosscoder.analysis.controls import Band
 from crosscoder.analysis.diff_data import most_specific
 from crosscoder.analysis.label_scores import DetectorScore, LabelScore, LabelScores
 from crosscoder.analysis.latent_cards import LatentCard, highlighted, percent
@@ -66,7 +65,7 @@ class Collector(HTMLParser):
         self.text += data
 
 
-def hostile_data(*, band: Band | None = None, labels: LabelScores | None = None) -> ReportData:
+def hostile_data(*, labels: LabelScores | None = None) -> ReportData:
     """A report in which every string that can come from outside is hostile."""
     cc = random_crosscoder()
     classes = latent_classes(cc, a="base", b="chat")
@@ -80,7 +79,10 @@ def hostile_data(*, band: Band | None = None, labels: LabelScores | None = None)
         "pieces": list(HOSTILE),
         "values": [1.0, 2.0, None, 0.0, *[0.5] * (len(HOSTILE) - 4)],
     }
-    cards = {i: LatentCard(i, 0.3, None, statistics, {HOSTILE[1]: HOSTILE}, [exemplar]) for i in range(cc.num_latents)}
+    cards = {
+        i: LatentCard(i, 0.3, None, statistics, {HOSTILE[1]: HOSTILE}, [exemplar], {"b": HOSTILE[1]})
+        for i in range(cc.num_latents)
+    }
     evaluation = {
         "fve": 0.9,
         "l0": 4.0,
@@ -99,7 +101,6 @@ def hostile_data(*, band: Band | None = None, labels: LabelScores | None = None)
         most_b=[2],
         named=[3],
         labels=labels,
-        band=band,
     )
 
 
@@ -155,11 +156,14 @@ def test_highlights_follow_values() -> None:
     )
 
 
-def test_the_head_says_whether_there_is_a_control() -> None:
-    """Without a null it says so; with one it gives the band."""
+def test_the_head_says_that_there_is_no_control() -> None:
+    """Counts beyond a cut-off do not stand alone."""
     assert "This report has no null control" in report(hostile_data())
-    with_band = report(hostile_data(band=Band(0.41, 0.62, 1000)))
-    assert "no null control" not in with_band and "between 0.410 and 0.620" in with_band
+
+
+def test_a_card_says_why_it_has_no_logit_lens() -> None:
+    """Instead of promoted tokens, the reason."""
+    assert "b has no logit lens</b>&lt;img src=x onerror=alert(1)&gt;" in report(hostile_data())
 
 
 def test_labels_are_shown_or_said_to_be_missing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from crosscoder.analysis.report import ReportData
 from crosscoder.analysis.tables import read_table
 from crosscoder.errors import UnsupportedSite
 
+log = logging.getLogger(__name__)
 NUM_SHOWN = 12
 MIN_ACTIVE = 10
 """Latents active on fewer held-out rows are not shown as most specific: their contexts would be a handful of tokens."""
@@ -81,7 +83,7 @@ def _cards(
     for row in read_table(run.out / "exemplars.parquet", thing="exemplars", latents=latents).to_pylist():
         exemplars[row["latent"]].append(row)
     rows = statistics.take(pa.array(latents, pa.int64())).to_pylist()
-    promoted = _promoted(run, classes, latents)
+    promoted, without_lens = _promoted(run, classes, latents)
     return {
         latent: LatentCard(
             latent=latent,
@@ -90,21 +92,26 @@ def _cards(
             statistics=row,
             promoted={source: pieces[latent] for source, pieces in promoted.items()},
             exemplars=sorted(exemplars[latent], key=lambda exemplar: exemplar["rank"]),
+            without_lens=without_lens,
         )
         for latent, row in zip(latents, rows, strict=True)
     }
 
 
-def _promoted(run: OpenedRun, classes: LatentClasses, latents: Sequence[int]) -> dict[str, dict[int, list[str]]]:
-    """Promoted tokens by source and latent; nothing where a model has no head that reads that source."""
+def _promoted(
+    run: OpenedRun, classes: LatentClasses, latents: Sequence[int]
+) -> tuple[dict[str, dict[int, list[str]]], dict[str, str]]:
+    """Promoted tokens by source and latent; and by source why not, where no head of the model reads it."""
     promoted: dict[str, dict[int, list[str]]] = {}
+    without_lens: dict[str, str] = {}
     for key in (classes.a, classes.b) if latents else ():
         model = run.models[run.crosscoder.writes[key].model]
         try:
             promoted[key] = logit_lens(run.crosscoder, model, source=key, latents=latents).pieces(model.tokenizer)
         except UnsupportedSite as error:
-            run.progress(f"no logit lens at {key}: {error.message}", 0, None)
-    return promoted
+            log.warning("no logit lens at %s: %s", key, error.message)
+            without_lens[key] = error.message
+    return promoted, without_lens
 
 
 def _facts(run: OpenedRun, classes: LatentClasses) -> dict[str, str]:

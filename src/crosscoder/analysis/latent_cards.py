@@ -15,7 +15,10 @@ LEVELS = 8
 
 @dataclass(frozen=True)
 class LatentCard:
-    """All that is shown of one latent; `exemplars` are rows of exemplars.parquet, `promoted` is by source."""
+    """All that is shown of one latent; `exemplars` are rows of exemplars.parquet, `promoted` is by source.
+
+    `without_lens` says of a source why nothing is promoted there.
+    """
 
     latent: int
     relative_norm: float
@@ -23,11 +26,13 @@ class LatentCard:
     statistics: Mapping[str, Any]
     promoted: Mapping[str, Sequence[str]]
     exemplars: Sequence[Mapping[str, Any]]
+    without_lens: Mapping[str, str]
 
     def html(self, *, side: str, number_of_exemplars: int) -> str:
         """The card; `side` is the colour class: a, b or shared."""
         shown = self.exemplars[:number_of_exemplars]
         lens = "".join(_lens(source, pieces) for source, pieces in self.promoted.items())
+        lens += "".join(_no_lens(source, reason) for source, reason in self.without_lens.items())
         items = "".join(_exemplar(row, top=float(self.statistics["max_value"])) for row in shown)
         place = dial(min(1.0, max(0.0, self.relative_norm)), title=f"relative norm {self.relative_norm:.3f}")
         return (
@@ -78,3 +83,7 @@ def _exemplar(row: Mapping[str, Any], *, top: float) -> str:
 def _lens(source: str, pieces: Sequence[str]) -> str:
     tokens = "".join(f'<span class="piece">{visible(piece)}</span>' for piece in pieces)
     return f'<p class="lens"><b>{plain(source)} promotes</b>{tokens}</p>'
+
+
+def _no_lens(source: str, reason: str) -> str:
+    return f'<p class="lens"><b>{plain(source)} has no logit lens</b>{plain(reason)}</p>'

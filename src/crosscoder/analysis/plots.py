@@ -68,10 +68,9 @@ def bars(
     kinds: Sequence[str],
     x_ticks: Mapping[float, str],
     labels: tuple[str, str],
-    marks: Mapping[float, str] | None = None,
     title: str,
 ) -> str:
-    """A histogram with log counts; `kinds` is the colour class of every bar, `marks` are upright lines with a word."""
+    """A histogram with log counts; `kinds` is the colour class of every bar."""
     axes = Axes(float(edges[0]), float(edges[-1]), max(1.0, float(counts.max(initial=0))), log=True)
     drawn = [
         _bar(axes, count, span=span, kind=kind)
@@ -79,7 +78,7 @@ def bars(
         if count
     ]
     frame = axes.frame(x_ticks=x_ticks, x_label=labels[0], y_label=labels[1])
-    return _svg(frame + "".join(drawn) + "".join(_mark(axes, at, word) for at, word in (marks or {}).items()), title)
+    return _svg(frame + "".join(drawn), title)
 
 
 def steps(
@@ -111,12 +110,6 @@ def _bar(axes: Axes, count: int, *, span: tuple[float, float], kind: str) -> str
     shape = f'x="{left + 0.5:.1f}" width="{max(0.5, right - left - 1):.1f}" y="{top:.1f}"'
     title = f"<title>{span[0]:.2f} to {span[1]:.2f}: {count:,} latents</title>"
     return f'<rect class="fill {kind}" {shape} height="{HEIGHT - BOTTOM - top:.1f}">{title}</rect>'
-
-
-def _mark(axes: Axes, at: float, word: str) -> str:
-    x = axes.x(at)
-    line = f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-    return line + (_text(x + 4, TOP + 9, word, kind="tick start") if word else "")
 
 
 def _outline(axes: Axes, share: Float[np.ndarray, "bins"], *, edges: Float[np.ndarray, "edges"], kind: str) -> str:

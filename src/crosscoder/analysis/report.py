@@ -1,6 +1,6 @@
 """The report of a diff: one HTML file that loads nothing, runs nothing, and says what it does not know.
 
-The head states what was compared and whether there was a control; then the numbers, the plots, the labels, and the
+The head states what was compared and that there was no control; then the numbers, the plots, the labels, and the
 latents that are most specific to either side, with their contexts.
 """
 
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from crosscoder.analysis.classes import CLASSES, CUTOFFS, CutOffs, LatentClasses
-from crosscoder.analysis.controls import Band
 from crosscoder.analysis.label_scores import DetectorScore, LabelScore, LabelScores
 from crosscoder.analysis.latent_cards import LatentCard
 from crosscoder.analysis.markup import figure, page, plain, section, table
@@ -35,7 +34,7 @@ class ReportData:
     """All that a report says. `facts` are names and values for the head; `evaluation` is evaluation.json.
 
     `density` and `cards` belong to the latents of `classes`; `named` are best latents of labels that are not among the
-    most specific; `band` is of a null control when there was one.
+    most specific.
     """
 
     classes: LatentClasses
@@ -47,7 +46,6 @@ class ReportData:
     most_b: Sequence[int]
     named: Sequence[int] = ()
     labels: LabelScores | None = None
-    band: Band | None = None
     exemplars_per_card: int = 5
 
 
@@ -64,7 +62,7 @@ def report(data: ReportData) -> str:
 def _head(data: ReportData) -> str:
     a, b = plain(data.classes.a), plain(data.classes.b)
     facts = "".join(f"<dt>{plain(name)}</dt><dd>{plain(value)}</dd>" for name, value in data.facts.items())
-    control = f'<div class="warning"><p>{plain(NO_CONTROL)}</p></div>' if data.band is None else _band_note(data.band)
+    control = f'<div class="warning"><p>{plain(NO_CONTROL)}</p></div>'
     return (
         '<header class="top"><p class="kicker">Crosscoder diff</p>'
         f'<h1><span class="a">{a}</span><span class="versus"> against </span><span class="b">{b}</span></h1>'
@@ -81,13 +79,6 @@ def _summary(data: ReportData) -> str:
         f'<span class="side-a">a</span> alone ({name} below {cuts.a_only:g}), {counts["b-only"]:,} to '
         f'<span class="side-b">b</span> alone (above {cuts.b_only:g}), and {counts["shared"]:,} to both alike '
         f"({cuts.shared[0]:g} to {cuts.shared[1]:g}); {counts['other']:,} lie between."
-    )
-
-
-def _band_note(band: Band) -> str:
-    return (
-        f'<p class="note">Null control: of {band.num_latents:,} latents trained on two sources without a structured '
-        f"difference, 99.8% have a relative norm between {band.low:.3f} and {band.high:.3f}.</p>"
     )
 
 
@@ -143,14 +134,12 @@ def _norm_plot(data: ReportData) -> str:
     counts = np.histogram(norms[np.isfinite(norms)], _NORM_EDGES)[0]
     centres = (_NORM_EDGES[:-1] + _NORM_EDGES[1:]) / 2
     kinds = [_kind(float(centre), data.classes.cutoffs) for centre in centres]
-    marks = {} if data.band is None else {data.band.low: "null", data.band.high: ""}
     drawing = bars(
         counts,
         _NORM_EDGES,
         kinds=kinds,
         x_ticks={0.02: "a alone", 0.25: ".25", 0.5: "equal", 0.75: ".75", 0.98: "b alone"},
         labels=("relative norm", "latents (log)"),
-        marks=marks,
         title="Histogram of relative decoder norms",
     )
     return figure(drawing, "Relative decoder norm: ½((‖d_b‖ − ‖d_a‖) / max + 1). Mind the log scale.")
