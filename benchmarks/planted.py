@@ -1,6 +1,6 @@
 """Planted behaviours: does a crosscoder's best single latent find them, and do its norms say that they are new?
 
-From one stream of activations of `base`, `plain` and `chat` this trains side by side, for every seed,
+From activations of `base`, `plain` and `chat`, harvested once and kept in memory, this trains for every seed
 
     chat-base, chat-plain     crosscoders of the real pairs
     null-base, null-plain     the same with a made-up partner x_b := x_a + N(mean, Cov(x_b − x_a))
@@ -9,19 +9,20 @@ From one stream of activations of `base`, `plain` and `chat` this trains side by
 and reports, for every label, the best latent (chosen on half the documents, scored on the other against look-alikes
 of the same role) with its relative norm beside the null's 0.1–99.9 % band, and how many latents lie beyond that band.
 
-    python benchmarks/planted.py --out benchmarks/results            # about a quarter of an hour on two free cores
-    python benchmarks/planted.py --quick --out /tmp/planted          # a minute: shows that it runs, proves nothing
+    python benchmarks/planted.py                            # three seeds; fewer with --seeds, shorter with --rows
+    python benchmarks/planted.py --quick --out /tmp/planted # shows that it runs, proves nothing
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import platform
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,32 +60,43 @@ from crosscoder.nonlinearities import BatchTopK
 from crosscoder.sources import SourceSet
 from crosscoder.training import normaliser
 from crosscoder.training.config import TrainConfig
+from crosscoder.training.json_numbers import json_text
 from crosscoder.training.trainer import Trainer
 from crosscoder.wiring import acausal
 
+SETTINGS = ("rows", "latents", "k", "seeds", "site", "learning_rate", "held_out_fraction", "held_out_tokens")
 PAIRS = {"chat-base": ("base", "chat"), "chat-plain": ("plain", "chat")}
 NULLS = {"chat-base": "null-base", "chat-plain": "null-plain"}
-BATCH_SIZE = 2048
-CALIBRATION_BATCHES = 8
+BATCH_SIZE = 1024
+CALIBRATION_BATCHES = 16
+HARVEST_BYTES = 100_000_000
+SEEDS = (
+    "Seeds vary the initial weights and the null's noise. The rows, their order and the split into training and "
+    "held-out documents are the same for all: intervals over seeds say nothing about other text."
+)
 View = Callable[[Tensor, int], Tensor]
-"""Rows of the stream (and the number of the first) to rows of one crosscoder's sources."""
+"""Rows of all sources (and the number of the first) to rows of one crosscoder's sources."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """Activations of the analysis set, kept in memory: an ActivationSource."""
+    """Rows kept in memory (bfloat16) as one crosscoder sees them: an ActivationSource."""
 
     sources: SourceSet
     parts: Sequence[Batch]
+    view: View = lambda x, first: x
 
     def contexts(self) -> Iterator[Batch]:
-        """All of them, in text order."""
-        return iter(self.parts)
+        """All of them, in their order."""
+        first = 0
+        for part in self.parts:
+            yield Batch(self.view(part.x.float(), first), part.rows)
+            first += len(part.x)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Not shuffled; whole contexts, whatever the size."""
+        """Not shuffled; parts as they are, whatever the size."""
         while True:
-            yield from self.parts
+            yield from self.contexts()
 
     def state_dict(self) -> State:
         """No state."""
@@ -94,18 +106,13 @@ class Held:
         """Nothing to restore."""
 
     def seen(self, sources: SourceSet, view: View) -> Held:
-        """The same contexts as one crosscoder sees them."""
-        parts: list[Batch] = []
-        first = 0
-        for part in self.parts:
-            parts.append(Batch(view(part.x, first), part.rows))
-            first += len(part.x)
-        return Held(sources, parts)
+        """The same rows as another crosscoder sees them."""
+        return Held(sources, self.parts, view)
 
 
 @dataclass
 class Trained:
-    """One crosscoder in training: what it is of, how it sees the stream's rows, its trainer."""
+    """One crosscoder in training: what it is of, how it sees the rows, its trainer."""
 
     kind: str
     seed: int
@@ -125,15 +132,17 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     start = time.monotonic()
-    stream, text = open_stream(options)
-    members = prepare(stream, options)
-    train(members, stream, options)
-    held = Held(stream.sources, list(ActivationStream(stream.models, stream.sources, text).contexts()))
+    rows, held, text = harvest(options)
+    print(f"harvested {len(rows.x):,} rows in {time.monotonic() - start:.0f} s", flush=True)
+    members = prepare(rows, options)
+    for member in members:
+        train(member, rows)
+        print(f"trained {member.kind}, seed {member.seed}: {time.monotonic() - start:.0f} s", flush=True)
     result = assess(members, held, text, read_labels(options.data / "labels.jsonl"))
     result["about"] = about(options, seconds=time.monotonic() - start)
     report = as_markdown(result)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "planted.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (options.out / "planted.json").write_text(json_text(result, indent=2) + "\n", encoding="utf-8")
     (options.out / "planted.md").write_text(report, encoding="utf-8")
     print(report)
 
@@ -142,14 +151,15 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Do best single latents find what was planted?")
     parser.add_argument("--data", type=Path, default=data_path(), help="the pair: models, text, labels.jsonl")
-    parser.add_argument("--out", type=Path, required=True, help="directory for planted.json and planted.md")
-    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/planted"), help="directory of the report")
+    parser.add_argument("--rows", type=int, default=600_000, help="rows that every crosscoder is trained on, once")
     parser.add_argument("--latents", type=int, default=4096)
-    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--k", type=int, default=38)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--site", default="layers.3.resid_post")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--held-out-tokens", type=int, default=60_000)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--held-out-fraction", type=float, default=0.3, help="share of the documents never trained on")
+    parser.add_argument("--held-out-tokens", type=int, default=200_000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="one seed, 512 latents, 20,000 rows")
     options = parser.parse_args()
@@ -160,16 +170,20 @@ def arguments() -> argparse.Namespace:
 
 
 @dataclass(frozen=True)
-class Stream:
-    """The three models and the stream of their activations."""
+class TrainingRows:
+    """Rows of all sources in the order in which every crosscoder sees them, in bfloat16."""
 
-    models: dict[str, StudiedModel]
     sources: SourceSet
-    activations: ActivationStream
+    x: Tensor
+
+    def batches(self) -> Iterator[tuple[int, Tensor]]:
+        """The number of the first row of every whole batch, and its rows."""
+        for first in range(0, len(self.x) - BATCH_SIZE + 1, BATCH_SIZE):
+            yield first, self.x[first : first + BATCH_SIZE].float()
 
 
-def open_stream(options: argparse.Namespace) -> tuple[Stream, AnalysisSet]:
-    """Activations of base, plain and chat over books and dialogues, and the held-out set."""
+def harvest(options: argparse.Namespace) -> tuple[TrainingRows, Held, AnalysisSet]:
+    """Activations of base, plain and chat over books and dialogues: training rows, and those of the held-out set."""
     aliases = ("base", "plain", "chat")
     models = {alias: StudiedModel.load(alias, ModelConfig(path=str(options.data / alias))) for alias in aliases}
     sources = SourceSet(model.source(options.site) for model in models.values())
@@ -181,22 +195,26 @@ def open_stream(options: argparse.Namespace) -> tuple[Stream, AnalysisSet]:
             DatasetConfig(dataset=str(options.data / "books.parquet"), weight=0.6),
             DatasetConfig(dataset=str(options.data / "dialogues.parquet"), column="messages", chat=True, weight=0.4),
         ),
-        held_out=HeldOutConfig(fraction=0.1, num_tokens=options.held_out_tokens),
+        held_out=HeldOutConfig(fraction=options.held_out_fraction, num_tokens=options.held_out_tokens),
     )
     corpus = Corpus(config, models["chat"].tokenizer, seed=0)
-    activations = ActivationStream(models, sources, corpus, buffer_bytes=min(400, options.rows // 500 + 20) * 10**6)
-    return Stream(models, sources, activations), corpus.held_out()
+    text = corpus.held_out()
+    batches = ActivationStream(models, sources, corpus, buffer_bytes=HARVEST_BYTES).batches(BATCH_SIZE)
+    x = torch.empty(max(1, options.rows // BATCH_SIZE) * BATCH_SIZE, sources.width, dtype=torch.bfloat16)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # the buffer mixes only its own fill
+    for places in order.split(BATCH_SIZE):
+        x[places] = next(batches).x.bfloat16()
+    contexts = ActivationStream(models, sources, text, buffer_bytes=HARVEST_BYTES).contexts()
+    held = Held(sources, [Batch(part.x.bfloat16(), part.rows) for part in contexts])
+    return TrainingRows(sources, x), held, text
 
 
-def prepare(stream: Stream, options: argparse.Namespace) -> list[Trained]:
+def prepare(rows: TrainingRows, options: argparse.Namespace) -> list[Trained]:
     """All crosscoders with their normalisers fitted on the first rows, untrained."""
-    source, of = stream.activations, stream.sources
+    of = rows.sources
     keys = {alias: of.resolve(alias).key for alias in of.models}
-    begin = source.state_dict()
-    batches = source.batches(BATCH_SIZE)
-    first = [next(batches).x for _ in range(max(4, min(50, options.rows // BATCH_SIZE // 4)))]
-    source.load_state_dict(begin)
-    measured = Held(of, [Batch(x) for x in first])
+    first = list(islice(rows.batches(), max(4, min(100, len(rows.x) // BATCH_SIZE // 4))))
+    measured = Held(of, [Batch(x) for _, x in first])
     members: list[Trained] = []
     for kind, (a, b) in PAIRS.items():
         null = NullPair(measured, a=a, b=b, num_rows=10**9)
@@ -211,7 +229,7 @@ def prepare(stream: Stream, options: argparse.Namespace) -> list[Trained]:
         for seed in range(options.seeds)
     ]
     for member in members:
-        seen = (member.view(x, n * BATCH_SIZE) for n, x in enumerate(first))
+        seen = (member.view(x, number) for number, x in first)
         fitted = normaliser.fit(member.sources, seen)
         member.crosscoder.set_normaliser(fitted.mean.float(), fitted.scale.float())
     return members
@@ -233,25 +251,20 @@ def noisy(null: NullPair) -> tuple[View, View]:
 
 def _member(kind: str, seed: int, sources: SourceSet, views: tuple[View, View], options: argparse.Namespace) -> Trained:
     cc = Crosscoder(acausal(sources, num_latents=options.latents), BatchTopK(options.k), seed=seed)
-    config = TrainConfig(num_tokens=options.rows, batch_size=BATCH_SIZE, learning_rate=options.learning_rate)
+    config = TrainConfig(
+        num_tokens=max(BATCH_SIZE, options.rows), batch_size=BATCH_SIZE, learning_rate=options.learning_rate
+    )
     return Trained(kind, seed, sources, views[0], views[1], Trainer(cc, config))
 
 
-def train(members: Sequence[Trained], stream: Stream, options: argparse.Namespace) -> None:
-    """Every member sees the same rows in the same order; thresholds are calibrated on the last batches."""
-    batches = stream.activations.batches(BATCH_SIZE)
-    num_steps = max(1, options.rows // BATCH_SIZE)
-    last: list[tuple[int, Tensor]] = []
-    for step in range(num_steps):
-        x, first = next(batches).x, step * BATCH_SIZE
-        last = [*last, (first, x)][-CALIBRATION_BATCHES:]
-        for member in members:
-            member.trainer.check(member.trainer.step(member.view(x, first)))
-        if step % max(1, num_steps // 20) == 0:
-            print(f"step {step + 1:,} of {num_steps:,}, {len(members)} crosscoders", flush=True)
-    for member in members:
-        member.crosscoder.calibrate([member.view(x, first) for first, x in last])
-        member.crosscoder.eval()
+def train(member: Trained, rows: TrainingRows) -> None:
+    """One pass over the rows, which all crosscoders see in the same order; calibrated on the last batches."""
+    last: deque[Tensor] = deque(maxlen=CALIBRATION_BATCHES)
+    for first, x in rows.batches():
+        last.append(member.view(x, first))
+        member.trainer.check(member.trainer.step(last[-1]))
+    member.crosscoder.calibrate(list(last))
+    member.crosscoder.eval()
 
 
 def assess(members: Sequence[Trained], held: Held, text: AnalysisSet, labels: Sequence[LabelSpan]) -> dict[str, Any]:
@@ -307,7 +320,8 @@ def about(options: argparse.Namespace, *, seconds: float) -> dict[str, Any]:
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {options.threads} threads",
         "seconds": round(seconds),
-        **{name: getattr(options, name) for name in ("rows", "latents", "k", "seeds", "site", "learning_rate")},
+        **{name: getattr(options, name) for name in SETTINGS},
+        "batch_size": BATCH_SIZE,
     }
 
 
@@ -316,6 +330,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     facts = result["about"]
     lines = [f"# Planted behaviours and single latents, {facts['date']}", ""]
     lines += [" · ".join(f"{name} {value}" for name, value in facts.items() if name != "date"), ""]
+    lines += [SEEDS, ""]
     lines += ["| crosscoder | seed | FVE | L0 | dead |", "|---|---|---|---|---|"]
     lines += [
         f"| {r['kind']} | {r['seed']} | {r['fve']:.3f} | {r['l0']:.1f} | {r['dead_fraction']:.1%} |"
@@ -341,11 +356,21 @@ def _pair_lines(pair: dict[str, Any]) -> Iterator[str]:
     for name, count in pair["beyond"].items():
         yield f"| {name} | {_count(count['below'])} | {_count(count['above'])} | {count['expected']:.1f} |"
     yield ""
-    yield "| label | seed | tokens +/− | detector | AUROC, other half | F1 | relative norm | beyond the band |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield from _documents(pair)
+    yield "| label | seed | documents | tokens +/− | detector | AUROC, other half | F1 | relative norm | beyond |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for seed, scores in pair["labels"].items():
         for label in scores["labels"]:
             yield from (_score_line(seed, label, score, band) for score in label["scores"])
+
+
+def _documents(pair: dict[str, Any]) -> Iterator[str]:
+    scores = next(iter(pair["labels"].values()))
+    yield (
+        f"{scores['num_documents']:,} labelled documents are held out; {scores['num_absent']:,} others play no part. "
+        "`documents` are those of the scoring half, where the behaviour acts or its look-alike stands."
+    )
+    yield ""
 
 
 def _score_line(seed: int, label: dict[str, Any], score: dict[str, Any], band: dict[str, Any]) -> str:
@@ -355,6 +380,7 @@ def _score_line(seed: int, label: dict[str, Any], score: dict[str, Any], band: d
     cells = (
         label["label"],
         seed,
+        label["num_documents"],
         f"{label['num_positive']}/{label['num_negative']}",
         name,
         f"{score['auroc']:.3f} [{score['auroc_low']:.3f}, {score['auroc_high']:.3f}]",
