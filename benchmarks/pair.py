@@ -66,8 +66,17 @@ class Row:
         ]
 
 
-HEAD = ["run", "FVE", "FVE, mean of ratios", "L0 / k", "never fire", "CE recovered, zero", "CE recovered, mean"]
-HEAD += ["seconds of training", "targets"]
+HEAD = [
+    "run",
+    "FVE",
+    "FVE, mean of ratios",
+    "L0 / k",
+    "never fire",
+    "CE recovered, zero",
+    "CE recovered, mean",
+    "seconds of training",
+    "targets",
+]
 
 
 def runs(out: Path) -> dict[str, RunConfig]:
