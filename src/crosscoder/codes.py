@@ -116,14 +116,6 @@ class SparseCode:
         rows = pointers(self.row_ids[keep], num_rows=self.num_rows)
         return SparseCode(rows, self.latents[keep] - start, self.values[keep], stop - start)
 
-    def of_rows(self, start: int, stop: int) -> SparseCode:
-        """The part on rows `start : stop`."""
-        first, last = self.row_pointers[start], self.row_pointers[stop]
-        part = slice(int(first), int(last))
-        return SparseCode(
-            self.row_pointers[start : stop + 1] - first, self.latents[part], self.values[part], self.num_latents
-        )
-
 
 def pointers(row_ids: Int[Tensor, "active"], *, num_rows: int) -> Int[Tensor, "rows_plus_one"]:
     """Row pointers of sorted row ids: where each row starts, and the end."""

@@ -14,7 +14,7 @@ Sources: Lindsey et al. 2024 (crosscoder), Minder et al. 2025 (selection on deco
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from crosscoder import crosscoder_files, initialisation
 from crosscoder.codes import Pattern, SparseCode, pointers
-from crosscoder.errors import NotCalibrated, SourceMismatch, WiringError
+from crosscoder.errors import NotCalibrated, SourceMismatch, TextError, WiringError
 from crosscoder.groups import GroupLayout, GroupPart, GroupWeights
 from crosscoder.kernels import dispatch, reference, selection, sparse
 from crosscoder.nonlinearities import BatchTopK, Nonlinearity, ReLU, TopK
@@ -64,7 +64,7 @@ class Crosscoder(nn.Module):
             decoder_norm=decoder_norm,
             across_sources=across_sources,
         )
-        self.groups = nn.ModuleList(GroupWeights(draw(g, keys=g.reads), draw(g, keys=g.writes)) for g in wiring)
+        self.groups = nn.ModuleList(_new_weights(group, draw) for group in wiring)
         self.bias = nn.Parameter(torch.zeros(wiring.writes.width))
         self.mean: Tensor
         self.scale: Tensor
@@ -127,7 +127,7 @@ class Crosscoder(nn.Module):
     def encode(self, x: Float[Tensor, "rows reads"]) -> SparseCode:
         """The code of raw packed reads; raises SourceMismatch for another width, NotCalibrated as `thresholds` does."""
         self._check_width(x, self.reads, "reads")
-        return self.encode_normalised(self._normalised_reads(x))
+        return self.encode_normalised(self._normalised_reads(x.to(self.bias.dtype)))
 
     def decode(self, code: SparseCode) -> Float[Tensor, "rows writes"]:
         """Raw packed writes of a code."""
@@ -146,16 +146,12 @@ class Crosscoder(nn.Module):
         pattern = Pattern(pointers(found.rows, num_rows=x.shape[0]), found.latents, self.num_latents)
         return SparseCode.of(pattern, self._attach(parts, found, pattern))
 
-    def decode_normalised(self, code: SparseCode, *, with_bias: bool = True) -> Float[Tensor, "rows writes"]:
+    def decode_normalised(self, code: SparseCode) -> Float[Tensor, "rows writes"]:
         """Packed writes in normalised space."""
-        y = self.bias.expand(code.num_rows, -1) if with_bias else self.bias.new_zeros(code.num_rows, self.writes.width)
+        y = self.bias.expand(code.num_rows, -1)
         for weights, layout in zip(self.weights, self._layout, strict=True):
             y = layout.add(y, self._decode_group(code, weights, layout))
         return y
-
-    def preactivations(self, x: Float[Tensor, "rows reads"]) -> Float[Tensor, "rows latents"]:
-        """`p` of packed reads in normalised space, dense."""
-        return self._dense_block([layout.read(x) for layout in self._layout])
 
     # -- normaliser, gate, threshold --------------------------------------------------------------------------------
 
@@ -192,6 +188,8 @@ class Crosscoder(nn.Module):
                 rows += code.num_rows
         finally:
             self.train(was_training)
+        if not rows:
+            raise TextError("expected rows to calibrate on; got none.", hint="Give some training rows.")
         pooled = torch.cat(scores).sort(descending=True).values
         count = self.nonlinearity.k * rows
         cut = pooled[count - 1 : count + 1].mean() if pooled.numel() > count else pooled.new_zeros(())
@@ -274,8 +272,7 @@ class Crosscoder(nn.Module):
             return self._dense_block([part[first:last] for part in parts])
 
         num_rows, gate, kind = parts[0].shape[0], self.gate, self.nonlinearity
-        if isinstance(kind, ReLU):
-            return selection.positive(block, num_rows=num_rows)
+        assert not isinstance(kind, ReLU), "ReLU is computed densely"
         if isinstance(kind, TopK):
             return selection.top_k(block, num_rows=num_rows, gate=gate, k=k or kind.k)
         if self.training:
@@ -329,6 +326,11 @@ class Crosscoder(nn.Module):
                 details=sources.describe(),
                 hint="Pack one row per token with crosscoder.reads.pack({key: activations}).",
             )
+
+
+def _new_weights(group: LatentGroup, draw: Callable[..., Tensor]) -> GroupWeights:
+    decoder = draw(group, keys=group.writes)
+    return GroupWeights(decoder.clone() if group.reads == group.writes else draw(group, keys=group.reads), decoder)
 
 
 def _refuse_unbuilt(groups: Sequence[LatentGroup]) -> None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from crosscoder import files
-from crosscoder.errors import CrosscoderError, FileFormatError
+from crosscoder.errors import FileFormatError
 from crosscoder.nonlinearities import KINDS, Nonlinearity, active_per_row
 from crosscoder.sources import Source, SourceSet
 from crosscoder.wiring import LatentGroup, Wiring
@@ -73,12 +74,24 @@ class CrosscoderConfig(_Strict):
 
 def save(crosscoder: Crosscoder, path: Path) -> Path:
     """Write all files into the directory `path`, whole or not at all; gives the path."""
+    _refuse_strangers(path)
     with files.replacing(path) as draft:
         draft.mkdir(parents=True)
         files.write_json(draft / CONFIG, config_of(crosscoder).model_dump(mode="json"))
         files.write_tensors(draft / WEIGHTS, tensors_of(crosscoder), thing=THING)
         (draft / CARD).write_text(model_card(crosscoder), encoding="utf-8")
     return path
+
+
+def _refuse_strangers(path: Path) -> None:
+    """Raises FileFormatError when `path` holds anything but a crosscoder, which would be lost."""
+    others = sorted(p.name for p in path.iterdir() if p.name not in (CONFIG, WEIGHTS, CARD)) if path.is_dir() else []
+    if path.is_file() or others:
+        raise FileFormatError(
+            f"{path} is not a crosscoder's directory, and saving there would replace it.",
+            details=others[:8],
+            hint="Give a directory of its own, such as crosscoder.save('results/crosscoder').",
+        )
 
 
 def load(path: str | Path, *, revision: str | None, device: str) -> Crosscoder:
@@ -102,12 +115,23 @@ def push(crosscoder: Crosscoder, repo_id: str, *, private: bool) -> str:
 
     from huggingface_hub import HfApi
 
+    public = copy(crosscoder)
+    public.provenance = without_local_paths(crosscoder.provenance)
     with TemporaryDirectory() as folder:
-        save(crosscoder, Path(folder) / "crosscoder")
+        save(public, Path(folder) / "crosscoder")
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "crosscoder")
     return str(commit.commit_url)
+
+
+def without_local_paths(content: Any) -> Any:
+    """JSON content in which an absolute path is only its last part: what may be published."""
+    if isinstance(content, dict):
+        return {key: without_local_paths(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_local_paths(value) for value in content]
+    return Path(content).name if isinstance(content, str) and Path(content).is_absolute() else content
 
 
 def local_folder(path: str | Path, *, revision: str | None = None) -> Path:
@@ -121,12 +145,12 @@ def local_folder(path: str | Path, *, revision: str | None = None) -> Path:
             hint="Check the path; a run keeps its crosscoder in <run>/crosscoder.",
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = [CONFIG, WEIGHTS, CARD]
     try:
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileFormatError(
             f"{str(path)!r} is neither a directory here nor to be had from the Hub: {type(error).__name__}.",
             hint="Check the name, your access to it, and the network.",
@@ -217,12 +241,12 @@ def _read_config(path: Path) -> CrosscoderConfig:
     except ValidationError as error:
         details = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise FileFormatError(f"{path} does not describe a crosscoder.", details=details[:12]) from error
-    except CrosscoderError as error:
-        raise FileFormatError(f"{path} contradicts itself: {error}") from error
 
 
 def _nonlinearity(config: NonlinearityConfig) -> Nonlinearity:
     kind = KINDS[config.kind]
+    if (config.k is None) != (config.kind == "relu"):
+        raise FileFormatError(f"the nonlinearity {config.kind} is saved with k = {config.k}; the file was changed.")
     return kind() if config.k is None else kind(config.k)  # pyright: ignore[reportCallIssue]
 
 

@@ -29,20 +29,31 @@ _FORMAT = re.compile(r"^crosscoder\.([a-z_]+)/([1-9]\d*)$")
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed onto it when the block ends well and removed when it does not.
 
+    One process writes a path at a time. What a killed process left of an earlier try is removed first.
+
     Raises DiskFull when there is no room for what the block writes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with explaining_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.new.tmp")
+    aside = path.with_name(f".{path.name}.old.tmp")
+    _recover(path, aside)
     _remove(draft)
     try:
         with explaining_full_disk(path):
             yield draft
             _sync(draft)
-            if path.is_dir() and draft.is_dir():
-                shutil.rmtree(path)
+            if path.is_dir():
+                path.replace(aside)
             draft.replace(path)
     finally:
         _remove(draft)
+        _recover(path, aside)
+
+
+def is_draft(path: Path) -> bool:
+    """Whether a path is a leftover of `replacing` in a process that was killed."""
+    return path.name.startswith(".") and path.name.endswith((".new.tmp", ".old.tmp"))
 
 
 @contextmanager
@@ -143,6 +154,13 @@ def _sync(path: Path) -> None:
 
 def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.parent)
+
+
+def _recover(path: Path, aside: Path) -> None:
+    """Put the old directory back when its replacement never came, and drop it when it did."""
+    if aside.exists() and not path.exists():
+        aside.replace(path)
+    _remove(aside)
 
 
 def _remove(path: Path) -> None:

@@ -35,12 +35,14 @@ def rows(
 
     The same source gets the same rows in both, so that the encoder starts as the decoder's transpose.
     """
-    widest = max(sources.widths)
+    drawn: dict[str, Tensor] = {}
     parts: list[Tensor] = []
     for key in keys:
         stream = "all sources" if across_sources == "same" else key
-        drawn = normal(seed, f"{group.name}/{stream}", num_rows=group.num_latents, width=widest)
-        directions = torch.from_numpy(drawn[:, : sources[key].width])
+        if stream not in drawn:
+            numbers = normal(seed, f"{group.name}/{stream}", num_rows=group.num_latents, width=max(sources.widths))
+            drawn[stream] = torch.from_numpy(numbers)
+        directions = drawn[stream][:, : sources[key].width]
         parts.append(decoder_norm * torch.nn.functional.normalize(directions, dim=1))
     return torch.cat(parts, dim=1)
 

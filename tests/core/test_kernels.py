@@ -109,14 +109,13 @@ def test_sparse_encode_gradients_equal_the_dense_ones() -> None:
         torch.testing.assert_close(leaf.grad, twin.grad)
 
 
-def test_a_code_survives_dense_and_back_and_splits_by_latents_and_rows() -> None:
+def test_a_code_survives_dense_and_back_and_splits_by_latents() -> None:
     code, *_ = code_and_tables(2, empty_latent=True)
     f = code.to_dense()
     again = SparseCode.from_dense(f)
     assert torch.equal(again.latents, code.latents)
     assert torch.equal(again.row_pointers, code.row_pointers)
     assert torch.equal(code.of_latents(4, 12).to_dense(), f[:, 4:12])
-    assert torch.equal(code.of_rows(3, 9).to_dense(), f[3:9])
 
 
 def test_no_rows_and_no_active_pairs_are_fine() -> None:

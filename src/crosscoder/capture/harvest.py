@@ -91,7 +91,7 @@ class Harvest:
         return NonFiniteActivations(
             f"{source.key} gave NaN or infinity; the model is held in {dtype}, its rows in {held}.",
             hint=f"Set models.{source.model}.dtype to float32, or to bfloat16, whose range is wider than float16's. "
-            "If it persists, the weights themselves are damaged.",
+            "If it persists, the weights themselves are damaged. A run that has checkpoints needs a new out=PATH.",
         )
 
 

@@ -59,6 +59,11 @@ def empty_model(config: ModelConfig) -> PreTrainedModel:
         return _loader(settings).from_config(settings, trust_remote_code=False)
 
 
+def dtype_of(config: ModelConfig) -> torch.dtype:
+    """The dtype that the model will be held in: the one asked for, or the one derived."""
+    return _dtype(config.dtype, _settings(config), _device(config.device))
+
+
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """The tokenizer beside the model that `config` names."""
     from transformers import AutoTokenizer

@@ -27,13 +27,6 @@ def batch_top_k_mask(score: Float[Tensor, "rows latents"], k: int) -> Bool[Tenso
     return mask.view_as(score) & (score > 0)
 
 
-def threshold_mask(
-    score: Float[Tensor, "rows latents"], threshold: Float[Tensor, ""] | Float[Tensor, "latents"]
-) -> Bool[Tensor, "rows latents"]:
-    """Scores above the threshold (which is never negative)."""
-    return score > threshold
-
-
 def decode(f: Float[Tensor, "rows latents"], decoder: Float[Tensor, "latents width"]) -> Float[Tensor, "rows width"]:
     """`f W_dec`, with every zero multiplied out."""
     return f @ decoder

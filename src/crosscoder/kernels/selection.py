@@ -1,6 +1,6 @@
 """Exact selection of active latents, a block of rows at a time, so that no (rows × latents) matrix has to exist.
 
-BatchTopK keeps the k·B largest positive scores of the batch. A cut is estimated on the first block (well below the
+BatchTopK keeps the k·B largest positive scores of the batch. A cut is estimated on the first rows (well below the
 expected threshold); every block gives its scores above the cut; the k·B largest of those are the answer if there are
 that many, since everything else is smaller. If there are fewer, the cut drops to zero and the pass is made again.
 No sort of the whole batch, and the result is the same as `reference.batch_top_k_mask` but for ties.
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 BLOCK_ROWS = 512
+SAMPLE_ROWS = 64
 OVERSHOOT = 1.3
 """How many more candidates than needed the estimated cut aims at."""
 
@@ -27,11 +28,6 @@ class Selection:
 
     def __init__(self, rows: Int[Tensor, "active"], latents: Int[Tensor, "active"], values: Tensor) -> None:
         self.rows, self.latents, self.values = rows, latents, values
-
-
-def positive(block: Block, *, num_rows: int) -> Selection:
-    """ReLU: every positive pre-activation."""
-    return _above(block, num_rows=num_rows, gate=None, cut=0.0)
 
 
 def above_threshold(
@@ -57,7 +53,7 @@ def top_k(block: Block, *, num_rows: int, gate: Float[Tensor, "latents"], k: int
 def batch_top_k(block: Block, *, num_rows: int, gate: Float[Tensor, "latents"], k: int) -> Selection:
     """The k·rows largest positive scores of the batch."""
     count = k * num_rows
-    cut = _estimated_cut(block(0, min(num_rows, BLOCK_ROWS)) * gate, k)
+    cut = _estimated_cut(block(0, min(num_rows, SAMPLE_ROWS)) * gate, k)
     found = _above(block, num_rows=num_rows, gate=gate, cut=cut)
     if found.values.shape[0] < count and cut > 0:
         found = _above(block, num_rows=num_rows, gate=gate, cut=0.0)
@@ -68,19 +64,19 @@ def batch_top_k(block: Block, *, num_rows: int, gate: Float[Tensor, "latents"], 
 
 
 def _estimated_cut(score: Float[Tensor, "rows latents"], k: int) -> float:
-    """A score that about OVERSHOOT·k pairs per row exceed, from every 8th row of the block; 0 when few are positive."""
-    sample = score[::8].flatten()
-    wanted = int(OVERSHOOT * k * len(score[::8])) + 1
+    """A score that about OVERSHOOT·k pairs per row of the sample exceed; 0 when few are positive."""
+    sample = score.flatten()
+    wanted = int(OVERSHOOT * k * len(score)) + 1
     if wanted >= sample.numel():
         return 0.0
     return max(0.0, float(sample.topk(wanted, sorted=False).values.min()))
 
 
-def _above(block: Block, *, num_rows: int, gate: Tensor | None, cut: Tensor | float) -> Selection:
+def _above(block: Block, *, num_rows: int, gate: Tensor, cut: Tensor | float) -> Selection:
     parts: list[Selection] = []
     for first, last in _blocks(num_rows):
         pre = block(first, last)
-        score = pre if gate is None else pre * gate
+        score = pre * gate
         rows, latents = (score > cut).nonzero(as_tuple=True)
         parts.append(Selection(rows + first, latents, pre[rows, latents]))
     return _joined(parts)

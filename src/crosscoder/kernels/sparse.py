@@ -69,7 +69,7 @@ class _Encode(torch.autograd.Function):
         needs_x: bool = ctx.needs_input_grad[0]
         grad = grad_outputs[0].contiguous()
         grad_x = sum_by_row(pattern, grad, encoder) if needs_x else None
-        grad_bias = torch.zeros_like(encoder[:, 0]).index_add_(0, pattern.latents, grad)
+        grad_bias = sum_by_latent(pattern, grad, x.new_ones(x.shape[0], 1)).squeeze(1)
         return grad_x, sum_by_latent(pattern, grad, x), grad_bias, None, None
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from crosscoder import files
 from crosscoder.activations import State
 from crosscoder.crosscoder_files import set_tensors, tensors_of
-from crosscoder.errors import FileFormatError
+from crosscoder.errors import FileFormatError, RunConflict
 from crosscoder.training.trainer import Trainer
 
 THING = "checkpoint"
@@ -48,6 +48,8 @@ def save(trainer: Trainer, folder: Path, *, stream: State) -> Checkpoint:
         (draft / "complete").touch()
     for old in found(folder)[:-KEEP]:
         shutil.rmtree(old.path)
+    for leftover in filter(files.is_draft, folder.iterdir()):
+        shutil.rmtree(leftover)
     return Checkpoint(path, trainer.step_number)
 
 
@@ -61,6 +63,7 @@ def found(folder: Path) -> list[Checkpoint]:
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> State:
     """Put the trainer where it was, and give the stream's cursor."""
     state = files.read_json(checkpoint.path / "state.json", thing=THING)
+    _require_same_models(trainer, checkpoint, state["models"])
     tensors = files.read_tensors(checkpoint.path / _SHARD, thing=THING)
     model = {name.removeprefix("crosscoder."): t for name, t in tensors.items() if name.startswith("crosscoder.")}
     set_tensors(trainer.crosscoder, model, origin=str(checkpoint.path))
@@ -68,6 +71,16 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> State:
     trainer.dead.rows_since_fired.copy_(tensors["dead.rows_since_fired"])
     trainer.step_number = int(state["step"])
     return state["stream"]
+
+
+def _require_same_models(trainer: Trainer, checkpoint: Checkpoint, then: dict[str, Any]) -> None:
+    now = trainer.crosscoder.provenance.get("models", {})
+    if then != now:
+        raise RunConflict(
+            f"the models have changed since {checkpoint.path} was written.",
+            details=[f"{alias}: then {then.get(alias)} / now {now.get(alias)}" for alias in {**then, **now}],
+            hint="Put the models back as they were, or start a new run with out=PATH.",
+        )
 
 
 def _tensors(trainer: Trainer) -> dict[str, Tensor]:
@@ -87,6 +100,7 @@ def _state(trainer: Trainer, stream: State) -> dict[str, Any]:
         "stream": stream,
         "shards": {_SHARD: {"latents": ranges}},
         "train": trainer.config.model_dump(mode="json"),
+        "models": trainer.crosscoder.provenance.get("models", {}),
     }
 
 

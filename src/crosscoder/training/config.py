@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -17,7 +17,7 @@ from crosscoder.capture.text import TextConfig
 from crosscoder.nonlinearities import BatchTopK, Nonlinearity, ReLU, TopK
 from crosscoder.sources import SourceSet, split_key
 from crosscoder.training import runfile
-from crosscoder.wiring import Wiring, acausal, sae
+from crosscoder.wiring import LatentGroup, Wiring, acausal
 
 FORMAT = "crosscoder.run/1"
 
@@ -79,7 +79,8 @@ class SaeConfig(Settings):
 
     def build(self, sources: SourceSet) -> Wiring:
         """The wiring over the one source."""
-        return sae(sources.resolve(self.source or sources.keys[0]), num_latents=self.num_latents)
+        key = sources.resolve(self.source or sources.keys[0]).key
+        return Wiring(sources, [LatentGroup("all", self.num_latents, (key,), (key,))])
 
 
 class BatchTopKConfig(Settings):
@@ -198,6 +199,15 @@ class TrainConfig(Settings):
         default=None, description="Steps between records of metrics; null: 1/500 of the run."
     )
 
+    DERIVED: ClassVar[tuple[str, ...]] = (
+        "warmup_steps",
+        "k_start",
+        "checkpoint_every",
+        "evaluate_every",
+        "log_every",
+    )
+    """What `resolved` fills in."""
+
     @property
     def num_steps(self) -> int:
         """Whole batches in `num_tokens`, at least one."""
@@ -206,14 +216,14 @@ class TrainConfig(Settings):
     def resolved(self, *, k: int | None) -> Self:
         """The same settings with every derived value filled in."""
         steps = self.num_steps
-        derived = {
+        values = {
             "warmup_steps": min(1000, max(1, round(0.05 * steps))),
             "k_start": k,
             "checkpoint_every": max(1, steps // 10),
             "evaluate_every": max(1, steps // 10),
             "log_every": max(1, steps // 500),
         }
-        return self.model_copy(update={key: value for key, value in derived.items() if getattr(self, key) is None})
+        return self.model_copy(update={key: value for key, value in values.items() if getattr(self, key) is None})
 
 
 WiringConfig = Annotated[AcausalConfig | SaeConfig, Field(discriminator="kind")]
@@ -267,7 +277,7 @@ class RunConfig(Settings):
             )
         if len(set(keys)) < len(keys):
             raise ValueError("sources: every source can be named once")
-        if self.text.tokenizer is not None and self.text.tokenizer not in self.models:
+        if self.text.tokenizer not in self.models:
             raise ValueError(f"text.tokenizer: expected one of {', '.join(self.models)}; got {self.text.tokenizer!r}")
         self._agree_on_size()
         return self
@@ -328,4 +338,6 @@ class RunConfig(Settings):
         theirs = runfile.flatten(other.model_dump(mode="json"))
         keys = [*mine, *(key for key in theirs if key not in mine)]
         pairs = [runfile.Difference(key, mine.get(key), theirs.get(key)) for key in keys]
-        return [pair for pair in pairs if pair.mine != pair.theirs and pair.mine is not None]
+        derived = {"out", "losses.aux.max_latents", "losses.aux.dead_after_tokens"}
+        derived |= {f"train.{key}" for key in TrainConfig.DERIVED}
+        return [d for d in pairs if d.mine != d.theirs and not (d.mine is None and d.key in derived)]

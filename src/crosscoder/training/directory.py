@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from crosscoder import files
 from crosscoder.errors import RunConflict
 from crosscoder.training import checkpoint
 from crosscoder.training.config import RunConfig
@@ -48,10 +49,12 @@ class RunDirectory:
         return found[-1] if found else None
 
     def claim(self, run: RunConfig) -> None:
-        """Take the directory for `run`; raises RunConflict when another configuration has it."""
+        """Take the directory for `run`; raises RunConflict when training there began with another configuration."""
         if not self.config.exists():
             self._refuse_strangers()
             return
+        if not self.finished and self.latest_checkpoint is None:
+            return  # nothing was trained yet: the new configuration takes the place of the old one
         there = RunConfig.load(self.config)
         differences = [d for d in run.differences(there) if d.key not in ("out", "format")]
         if differences:
@@ -62,7 +65,8 @@ class RunDirectory:
             )
 
     def _refuse_strangers(self) -> None:
-        others = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+        inside = self.path.iterdir() if self.path.is_dir() else []
+        others = sorted(p.name for p in inside if not files.is_draft(p))
         if others:
             raise RunConflict(
                 f"{self.path} exists, is not empty, and is not a run.",

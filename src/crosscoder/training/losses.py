@@ -1,12 +1,12 @@
 """The terms of the loss, in normalised space, each a mean over rows.
 
-    reconstruction   Σ_{s written} w_s ‖x̃_s − x̂̃_s‖²
+    reconstruction   Σ_{s written} ‖x̃_s − x̂̃_s‖²
     L1 of norms      λ Σ_i f_i Σ_s ‖d_i^s‖                                  (Lindsey et al. 2024, section 1.1)
     AuxK             α ‖e − ê‖²,  e = x̃ − x̂̃ detached,  ê = f_dead W_dec[dead], no bias    (Gao et al. 2024, A.2)
 
 AuxK gives dead latents, and nothing else, a gradient: of the dead ones the `k_aux = ½ mean width` with the largest
-scores per row reconstruct what the live ones left over. Deviations: at most `max_latents` dead latents take part in a
-step (they take turns) and only every n-th row is used, so that the term never dominates a step's time.
+scores per row reconstruct what the live ones left over. Deviations, so that the term never dominates a step's time: at
+most 512 dead latents take part in a step (they take turns), and every fourth row. Decision 7 says why.
 """
 
 from __future__ import annotations

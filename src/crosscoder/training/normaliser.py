@@ -28,14 +28,14 @@ class Normaliser:
 
 def fit(sources: SourceSet, batches: Iterable[Float[Tensor, "rows width"]]) -> Normaliser:
     """The normaliser of packed raw rows; raises TextError for fewer than two rows or a source that never varies."""
-    count, mean = 0, torch.zeros(sources.width, dtype=torch.float64)
-    squares = torch.zeros(sources.width, dtype=torch.float64)
+    count, mean, squares = 0, torch.zeros(sources.width), torch.zeros(sources.width)
     for x in batches:
-        rows = x.double().cpu()
+        rows = x.double()
+        mean, squares = mean.to(rows), squares.to(rows)
         own = rows.mean(0)
         total = count + rows.shape[0]
-        squares += (rows - own).square().sum(0) + (own - mean).square() * (count * rows.shape[0] / total)
-        mean += (own - mean) * (rows.shape[0] / total)
+        squares = squares + (rows - own).square().sum(0) + (own - mean).square() * (count * rows.shape[0] / total)
+        mean = mean + (own - mean) * (rows.shape[0] / total)
         count = total
     variances = {key: part / max(1, count) for key, part in sources.unpack(squares[None]).items()}
     energy = torch.stack([part.sum() for part in variances.values()])
@@ -44,4 +44,4 @@ def fit(sources: SourceSet, batches: Iterable[Float[Tensor, "rows width"]]) -> N
             f"cannot normalise: {count} rows, and the variance of each source is {energy.tolist()}.",
             hint="Give more text; a source whose activations never vary cannot be used.",
         )
-    return Normaliser(mean, (sources.width / len(sources) / energy).sqrt(), count)
+    return Normaliser(mean.cpu(), (sources.width / len(sources) / energy).sqrt().cpu(), count)

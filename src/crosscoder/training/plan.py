@@ -9,7 +9,8 @@ Peak memory of a run on a CPU is the sum of parts that live at the same time:
     weights, gradients, Adam      16 bytes a parameter, and 12 more while a checkpoint is written
     step                          a few copies of the batch, a block of pre-activations, the active pairs
 
-Models are built without weights ("meta" tensors), so nothing large is read. On a GPU the last three parts lie there.
+Models are built without weights ("meta" tensors), so nothing large is read.
+On a GPU all parts but the libraries lie there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch
 
 from crosscoder.capture.architectures import architecture_of
 from crosscoder.capture.buffer import bytes_per_row
-from crosscoder.capture.loading import ModelConfig, default_cpu_dtype, empty_model
+from crosscoder.capture.loading import ModelConfig, dtype_of, empty_model
 from crosscoder.kernels.selection import BLOCK_ROWS
 from crosscoder.sources import Source, SourceSet, split_key
 from crosscoder.training.config import RunConfig
@@ -81,7 +83,7 @@ class _Outline:
         for site in sites:
             architecture.tap(site)  # raises UnsupportedSite
         text: Any = model.config.get_text_config()
-        dtype = getattr(torch, config.dtype) if config.dtype else default_cpu_dtype()
+        dtype = dtype_of(config)
         count = sum(parameter.numel() for parameter in model.parameters())
         return cls(count, dtype, text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
 
@@ -95,7 +97,7 @@ def plan(run: RunConfig) -> Plan:
     }
     sources = SourceSet(Source(alias, site, outlines[alias].hidden_size) for alias, site in keys)
     wiring = run.wiring.build(sources)
-    storage = max((outline.dtype for outline in outlines.values()), key=lambda dtype: dtype.itemsize)
+    storage = reduce(torch.promote_types, (outline.dtype for outline in outlines.values()))
     row = bytes_per_row(sources.width, storage)
     parameters = num_parameters(wiring)
     rows_per_fill = run.rows_per_fill(row)

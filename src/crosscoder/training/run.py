@@ -176,7 +176,7 @@ def _take(
 def _analysis_set(study: Study, directory: RunDirectory) -> AnalysisSet:
     """The held-out set of the run: made once, and the same text ever after."""
     made = study.corpus.held_out()
-    if not (directory.analysis / "set.json").exists():
+    if directory.latest_checkpoint is None:
         made.save(directory.analysis)
     elif AnalysisSet.load(directory.analysis).hash != made.hash:
         raise RunConflict(
