@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from crosscoder.crosscoder import Crosscoder
+from crosscoder.crosscoder_files import without_local_paths
 from crosscoder.errors import FileFormatError, NotCalibrated, SourceMismatch, WiringError
 from crosscoder.nonlinearities import BatchTopK, Nonlinearity, ReLU, TopK
 from crosscoder.sources import Source, SourceSet
@@ -279,6 +280,19 @@ def test_tensors_of_another_crosscoder_are_refused(tmp_path: Path) -> None:
 def test_a_path_that_is_neither_here_nor_a_hub_id_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="owner/name"):
         Crosscoder.load(tmp_path / "nothing")
+
+
+def test_saving_never_replaces_a_directory_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileFormatError, match=r"thesis\.tex"):
+        Crosscoder(mixed_wiring(), TopK(2)).save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_what_is_published_holds_no_local_path() -> None:
+    made = {"models": {"base": {"path": "/srv/models/base", "revision": None}}, "text": ["/data/x.parquet", "a/b"]}
+    expected = {"models": {"base": {"path": "base", "revision": None}}, "text": ["x.parquet", "a/b"]}
+    assert without_local_paths(made) == expected
 
 
 def test_the_model_card_loads_as_one_and_holds_no_local_path(tmp_path: Path) -> None:

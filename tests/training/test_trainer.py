@@ -12,9 +12,17 @@ from torch import Tensor
 from crosscoder.activations import Batch
 from crosscoder.codes import SparseCode
 from crosscoder.crosscoder import Crosscoder
-from crosscoder.errors import FileFormatError, NonFiniteActivations, TextError, TrainingDiverged
+from crosscoder.errors import (
+    FileFormatError,
+    NonFiniteActivations,
+    RunConflict,
+    SourceMismatch,
+    TextError,
+    TrainingDiverged,
+)
 from crosscoder.files import read_tensors
 from crosscoder.nonlinearities import BatchTopK, Nonlinearity, ReLU, TopK
+from crosscoder.sources import SourceSet
 from crosscoder.training import checkpoint, losses, normaliser, schedules
 from crosscoder.training.config import AuxConfig, L1Sparsity, LossesConfig, NoSparsity, TrainConfig
 from crosscoder.training.dead import DeadLatents
@@ -203,6 +211,37 @@ def test_activations_that_are_not_numbers_stop_the_run_and_name_the_source() -> 
 def test_a_diverging_loss_stops_the_run() -> None:
     with pytest.raises(TrainingDiverged, match="learning rate"):
         trainer(learning_rate=1e6).run(ToyWorld())
+
+
+def test_activations_in_another_order_are_refused() -> None:
+    with pytest.raises(SourceMismatch, match="in another order"):
+        trainer().run(ToyWorld(SourceSet(reversed(SOURCES.sources))))
+
+
+def test_a_step_that_is_not_finite_leaves_the_weights_as_they_were() -> None:
+    t = trainer()
+    before = t.crosscoder.weights[0].encoder.detach().clone()
+    with pytest.raises(TrainingDiverged):
+        t.step(torch.full((16, 24), 1e30))
+    assert torch.equal(t.crosscoder.weights[0].encoder, before)
+
+
+def test_batches_smaller_than_the_share_of_auxk_are_fine() -> None:
+    t = trainer()
+    t.dead.rows_since_fired.fill_(10**6)
+    losses_seen = [float(t.step(ToyWorld().rows(2, n)).loss) for n in range(5)]
+    assert all(loss == loss for loss in losses_seen)
+
+
+def test_checkpoints_of_other_models_are_refused(tmp_path: Path) -> None:
+    t = trainer()
+    t.crosscoder.provenance = {"models": {"base": {"weights": "a"}}}
+    t.step(next(ToyWorld().batches(128)).x)
+    found = checkpoint.save(t, tmp_path, stream={})
+    other = trainer()
+    other.crosscoder.provenance = {"models": {"base": {"weights": "b"}}}
+    with pytest.raises(RunConflict, match="models have changed"):
+        checkpoint.restore(other, found)
 
 
 def test_a_checkpoint_without_its_marker_is_none_and_only_two_are_kept(tmp_path: Path) -> None:

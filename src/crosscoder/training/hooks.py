@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,9 +17,14 @@ from crosscoder.training.sinks import Sink
 from crosscoder.training.trainer import StepResult, Trainer
 from crosscoder.training.validation import validate
 
+log = logging.getLogger(__name__)
+
 
 class Recorder:
-    """Sends metrics to a sink every `log_every` steps, and validation beside them every `evaluate_every`."""
+    """Sends metrics to a sink every `log_every` steps, and validation beside them every `evaluate_every`.
+
+    A record also ends at every checkpoint, so that a run resumed from it records the same means as one never stopped.
+    """
 
     def __init__(self, sink: Sink, meter: Meter, held_out: Sequence[Batch]) -> None:
         self.sink, self._meter, self._held_out = sink, meter, held_out
@@ -29,7 +35,7 @@ class Recorder:
         self._meter.add(result)
         step, config = trainer.step_number, trainer.config
         metrics: dict[str, float] = {}
-        if _due(step, config.log_every, trainer):
+        if _due(step, config.log_every, trainer) or _due(step, config.checkpoint_every, trainer):
             metrics = self._meter.read(trainer)
         if _due(step, config.evaluate_every, trainer) and self._held_out:
             found = validate(trainer.crosscoder, self._held_out)
@@ -75,6 +81,7 @@ class StopRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        log.warning("stopping after this step, with a checkpoint; once more stops at once.")
         signal.signal(number, self._before[signal.Signals(number)])
 
 
