@@ -2,7 +2,7 @@
 
 BatchTopK keeps the k·B largest positive scores of the batch. A cut is estimated on the first rows (well below the
 expected threshold); every block gives its scores above the cut; the k·B largest of those are the answer if there are
-that many, since everything else is smaller. If there are fewer, the cut drops to zero and the pass is made again.
+that many, since everything else is smaller. If there are fewer, the cut is lowered and the pass is made again.
 No sort of the whole batch, and the result is the same as `reference.batch_top_k_mask` but for ties.
 """
 
@@ -15,9 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 BLOCK_ROWS = 512
-SAMPLE_ROWS = 64
-OVERSHOOT = 1.3
-"""How many more candidates than needed the estimated cut aims at."""
+SAMPLE_ROWS = 128
+OVERSHOOTS = (1.3, 2.0, 4.0)
+"""How many times the candidates needed the cut aims at, try by try; what is left then is to take all positive ones."""
 
 Block = Callable[[int, int], Tensor]
 """Pre-activations (rows, latents) of the rows from first to last."""
@@ -53,22 +53,29 @@ def top_k(block: Block, *, num_rows: int, gate: Float[Tensor, "latents"], k: int
 def batch_top_k(block: Block, *, num_rows: int, gate: Float[Tensor, "latents"], k: int) -> Selection:
     """The k·rows largest positive scores of the batch."""
     count = k * num_rows
-    cut = _estimated_cut(block(0, min(num_rows, SAMPLE_ROWS)) * gate, k)
-    found = _above(block, num_rows=num_rows, gate=gate, cut=cut)
-    if found.values.shape[0] < count and cut > 0:
-        found = _above(block, num_rows=num_rows, gate=gate, cut=0.0)
+    found = _candidates(block, num_rows=num_rows, gate=gate, k=k)
     if found.values.shape[0] <= count:
         return found
     kept = (found.values * gate[found.latents]).topk(count, sorted=False).indices.sort().values
     return Selection(found.rows[kept], found.latents[kept], found.values[kept])
 
 
-def _estimated_cut(score: Float[Tensor, "rows latents"], k: int) -> float:
-    """A score that about OVERSHOOT·k pairs per row of the sample exceed; 0 when few are positive."""
+def _candidates(block: Block, *, num_rows: int, gate: Tensor, k: int) -> Selection:
+    """At least the k·rows largest scores, or all that are positive."""
+    sample = block(0, min(num_rows, SAMPLE_ROWS)) * gate
+    for overshoot in OVERSHOOTS:
+        found = _above(block, num_rows=num_rows, gate=gate, cut=_estimated_cut(sample, overshoot * k))
+        if found.values.shape[0] >= k * num_rows:
+            return found
+    return _above(block, num_rows=num_rows, gate=gate, cut=0.0)
+
+
+def _estimated_cut(score: Float[Tensor, "rows latents"], per_row: float) -> float:
+    """A score that about `per_row` pairs per row of the sample exceed; 0 when fewer are positive."""
     sample = score.flatten()
-    wanted = int(OVERSHOOT * k * len(score)) + 1
-    if wanted >= sample.numel():
+    if per_row * len(score) + 1 >= sample.numel():
         return 0.0
+    wanted = int(per_row * len(score)) + 1
     return max(0.0, float(sample.topk(wanted, sorted=False).values.min()))
 
 
