@@ -98,6 +98,10 @@ def train_tokenizer(texts: list[str], *, vocab_size: int = 4096) -> PreTrainedTo
 
 def encode_books(tokenizer: PreTrainedTokenizerFast, books: list[dict[str, str]]) -> np.ndarray:
     """All books as one row of token ids, each closed by the end-of-text token."""
-    eos = tokenizer.eos_token_id
-    encodings = tokenizer.backend_tokenizer.encode_batch([book["text"] for book in books], add_special_tokens=False)
-    return np.concatenate([np.asarray([*encoding.ids, eos], dtype=np.uint16) for encoding in encodings])
+    parts: list[np.ndarray] = []
+    for start in range(0, len(books), 8):  # few at a time: an encoding takes far more memory than its ids
+        texts = [book["text"] + tokenizer.eos_token for book in books[start : start + 8]]
+        # padding is said explicitly: a fast tokenizer keeps what an earlier call asked for
+        ids = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False).input_ids
+        parts += [np.asarray(row, dtype=np.uint16) for row in ids]
+    return np.concatenate(parts)

@@ -8,7 +8,7 @@ import numpy as np
 import phrases
 import pytest
 import torch
-from corpus import CHAT_TEMPLATE, train_tokenizer
+from corpus import CHAT_TEMPLATE, encode_books, train_tokenizer
 from dialogues import Writer
 from finetune import batches, encode_dialogue, padded, weighted_loss
 from gates import Count, passes, shows, wilson, write_gates
@@ -122,6 +122,14 @@ def test_bits_per_byte_of_a_uniform_model(tokenizer: PreTrainedTokenizerFast) ->
     assert next_token_loss(model, torch.from_numpy(tokens)[None]).item() == pytest.approx(
         np.log(len(tokenizer)), rel=1e-3
     )
+
+
+def test_books_are_encoded_alike_after_a_padded_call(tokenizer: PreTrainedTokenizerFast) -> None:
+    books = [{"text": BOOK}, {"text": "The old house."}]
+    before = encode_books(tokenizer, books)
+    tokenizer(["a", "a longer line"], padding=True, padding_side="left")
+    assert np.array_equal(encode_books(tokenizer, books), before)
+    assert tokenizer.decode(before) == BOOK + "<|eos|>" + "The old house.<|eos|>"
 
 
 def test_passages_put_together_are_the_book() -> None:
