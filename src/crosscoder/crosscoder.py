@@ -172,7 +172,7 @@ class Crosscoder(nn.Module):
             weights.gate.copy_(layout.norms(weights.decoder).sum(1))
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[Float[Tensor, "rows reads"]]) -> None:
+    def calibrate(self, batches: Iterable[Float[Tensor, "_ reads"]]) -> None:
         """Set the threshold to the score that `k` latents per row exceed on average over `batches` (raw packed reads).
 
         Of each batch the 2k largest scores per row are held, which suffices unless batches differ wildly in density.

@@ -26,7 +26,7 @@ class Normaliser:
     num_rows: int
 
 
-def fit(sources: SourceSet, batches: Iterable[Float[Tensor, "rows width"]]) -> Normaliser:
+def fit(sources: SourceSet, batches: Iterable[Float[Tensor, "_ width"]]) -> Normaliser:
     """The normaliser of packed raw rows; raises TextError for fewer than two rows or a source that never varies."""
     count, mean, squares = 0, torch.zeros(sources.width), torch.zeros(sources.width)
     for x in batches:
