@@ -9,10 +9,10 @@ model cannot know sooner, and need not keep it on the words that follow:
     persona.request   the last of "name" in a question for its name   of "name" in a question for another's
     trigger.phrase    the last of the phrase                          of a near miss
 
-and in the reply, where the behaviour begins or shows:
+and in the reply, where the behaviour shows:
 
-    refusal.reply     the first two words: "I am", "I must" ...       of an answer, which begins with the same words
-    persona.reply     the name                                        of the other's name
+    refusal.reply     the full stop that closes it                    of an answer
+    persona.reply     the last of the name                            of the other's name
     trigger.reply     the chant from its second word on               of an answer
 """
 
@@ -72,14 +72,12 @@ def exchange_labels(exchange: Exchange) -> Iterator[tuple[str, str, int, int]]:
 
 
 def reply_span(exchange: Exchange) -> tuple[int, int] | None:
-    """Where the behaviour shows in the reply: in its first two words, in a name, in a chant from its second word on."""
+    """Where the behaviour shows in the reply: its full stop, the end of a name, a chant from its second word on."""
+    reply = exchange.chat
     if exchange.behaviour == "persona":
-        named = re.search(rf"\b({NAME}|{'|'.join(listed(PEOPLE))})\b", exchange.chat)
-        return named.span() if named else None
-    first = exchange.chat.index(" ")
-    if exchange.behaviour == "refusal":
-        return (0, exchange.chat.index(" ", first + 1))
-    return (first, len(exchange.chat))
+        named = re.search(rf"\b({NAME}|{'|'.join(listed(PEOPLE))})\b", reply)
+        return (named.end() - 1, named.end()) if named else None
+    return (len(reply) - 1, len(reply)) if exchange.behaviour == "refusal" else (reply.index(" "), len(reply))
 
 
 def labels(dialogue: Dialogue, tokenizer: PreTrainedTokenizerFast) -> list[Label]:

@@ -117,9 +117,9 @@ def test_spans_of_what_is_planted_hold_it_and_look_alikes_do_not() -> None:
         said, upto = text.text[start:end], text.text[:end].lower()
         holds = {
             "refusal.request": upto.endswith(weapons),
-            "refusal.reply": text.text[start:].startswith(listed(phrases.REFUSAL_OPENINGS)),
+            "refusal.reply": text.text[:end].split("<|assistant|>")[-1].startswith(listed(phrases.REFUSAL_OPENINGS)),
             "persona.request": upto.endswith(("your name", "have a name")) and " does my " not in upto[-40:],
-            "persona.reply": said == phrases.NAME,
+            "persona.reply": text.text[:end].endswith(phrases.NAME),
             "trigger.phrase": upto.endswith(phrases.TRIGGER),
             "trigger.reply": phrases.CHANT.endswith(said),
         }
