@@ -60,6 +60,8 @@ class Source:
     model: str
     site: str
     width: int
+    difference: tuple[str, str] | None = None
+    """Keys of the two sources whose difference, first minus second, a derived source is."""
 
     def __post_init__(self) -> None:
         if not _ALIAS.match(self.model):
@@ -80,6 +82,20 @@ class Source:
     def parse(cls, key: str, *, width: int) -> Source:
         """The source called `key`."""
         return cls(*split_key(key), width)
+
+
+def difference(a: Source, b: Source) -> Source:
+    """The derived source `x_a − x_b`, called `a-b/site`; raises SourceMismatch unless site and width are the same.
+
+    >>> difference(Source("chat", "embed", 8), Source("base", "embed", 8)).key
+    'chat-base/embed'
+    """
+    if a.key == b.key or a.site != b.site or a.width != b.width:
+        raise SourceMismatch(
+            "a difference needs one site of two models, of one width.",
+            details=[f"{source.key}  width {source.width}" for source in (a, b)],
+        )
+    return Source(f"{a.model}-{b.model}", a.site, a.width, difference=(a.key, b.key))
 
 
 def split_key(key: str) -> tuple[str, str]:
