@@ -4,42 +4,51 @@ Raw activations `x` are packed, `x̃_s = (x_s − μ_s) · c_s` is stored with t
 
     p_g = x̃[:, R_g] W_enc_gᵀ + b_enc_g       f = nonlinearity(p, gate)       x̂̃[:, W_g] += f_g W_dec_g     (+ b_dec)
 
-The gate of latent i is `Σ_s ‖d_i^s‖` in normalised space. Folding moves μ and c into the weights (raw in, raw out):
-
-    W_enc ← W_enc diag(c)    b_enc ← b_enc − W_enc diag(c) μ    W_dec ← W_dec diag(1/c)    b_dec ← b_dec / c + μ
-
-exactly, for unequal c; gate, thresholds and c are kept, so that selection and normalised norms stay what they were.
-Sources: Lindsey et al. 2024 (crosscoder), Minder et al. 2025 (selection on decoder-norm scores).
+and, where a group has an affine path, `x̂̃[:, K_g] += x̃[:, R_g] W_skip_gᵀ`. The gate of latent i is the code norm of its
+decoder in normalised space, by default `Σ_s ‖d_i^s‖`. Folding: `folding.py`; thresholds: `calibration.py`.
+Sources: Lindsey et al. 2024 (crosscoder), Minder et al. 2025 (selection on decoder-norm scores), Dunefsky et al. 2024
+and Paulo et al. 2025 (transcoders, affine skip).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from crosscoder import crosscoder_files, initialisation
+from crosscoder import calibration, crosscoder_files, folding, initialisation, nonlinearities
 from crosscoder.codes import Pattern, SparseCode, pointers
-from crosscoder.errors import NotCalibrated, SourceMismatch, TextError, WiringError
-from crosscoder.groups import GroupLayout, GroupPart, GroupWeights
+from crosscoder.errors import NotCalibrated, SourceMismatch
+from crosscoder.groups import GroupLayout, GroupPart, GroupWeights, assemble, code_norm
 from crosscoder.kernels import dispatch, reference, selection, sparse
-from crosscoder.nonlinearities import BatchTopK, Nonlinearity, ReLU, TopK
+from crosscoder.kernels.jump_relu import jump_relu
+from crosscoder.nonlinearities import Budget, CodeNorm, JumpReLU, Nonlinearity, ReLU, TopK, active_per_row
 from crosscoder.sources import SourceSet
-from crosscoder.wiring import LatentGroup, Wiring
+from crosscoder.wiring import Wiring
 
 Space = Literal["normalised", "raw"]
+
+
+@dataclass(frozen=True)
+class Activity:
+    """A code as a training step needs it; where codes are computed densely, with `f` and the pre-activations `p`."""
+
+    code: SparseCode
+    f: Float[Tensor, "rows latents"] | None = None
+    pre: Float[Tensor, "rows latents"] | None = None
 
 
 class Crosscoder(nn.Module):
     """A sparse dictionary over several sources; `encode` takes raw packed reads, `decode` gives raw packed writes.
 
-    In train mode BatchTopK selects over the batch; in eval mode it uses the calibrated threshold.
+    In train mode BatchTopK selects over the batch; in eval mode it uses the calibrated threshold. Raises WiringError
+    for groups that the nonlinearity cannot serve: a penalty under TopK, a k that does not fit.
     """
 
     def __init__(
@@ -52,26 +61,31 @@ class Crosscoder(nn.Module):
         across_sources: initialisation.Across = "same",
     ) -> None:
         super().__init__()
-        _refuse_unbuilt(wiring.groups)
+        nonlinearities.check(wiring, nonlinearity)
         self.wiring = wiring
         self.nonlinearity = nonlinearity
+        k = active_per_row(nonlinearity)
+        self.budgets: list[Budget] = [] if k is None else nonlinearities.budgets(wiring, k)
         self.provenance: dict[str, Any] = {}
         self.folded_normaliser = False
+        self.layouts = [GroupLayout(group, wiring) for group in wiring]
         draw = partial(
-            initialisation.rows,
+            initialisation.weights,
             sources=wiring.sources,
             seed=seed,
             decoder_norm=decoder_norm,
             across_sources=across_sources,
         )
-        self.groups = nn.ModuleList(_new_weights(group, draw) for group in wiring)
+        log_threshold = initialisation.log_threshold(nonlinearity)
+        self.groups = nn.ModuleList(
+            layout.new_weights(*draw(layout.group), log_threshold=log_threshold) for layout in self.layouts
+        )
         self.bias = nn.Parameter(torch.zeros(wiring.writes.width))
         self.mean: Tensor
         self.scale: Tensor
         self.register_buffer("mean", torch.zeros(wiring.sources.width))
         self.register_buffer("scale", torch.ones(len(wiring.sources)))
-        self._layout = [GroupLayout(group, wiring) for group in wiring]
-        self.refresh_gate()
+        self.settle()
 
     # -- what it reads, writes and has ------------------------------------------------------------------------------
 
@@ -107,9 +121,14 @@ class Crosscoder(nn.Module):
 
     @property
     def thresholds(self) -> Float[Tensor, "latents"]:
-        """The score that each latent must exceed at inference; raises NotCalibrated where none was set."""
-        spread = [group.threshold.expand(group.gate.shape) for group in self.weights]
-        thresholds = torch.cat(spread)
+        """What each latent must exceed at inference: its pre-activation under JumpReLU, its score under BatchTopK.
+
+        Raises NotCalibrated where BatchTopK has none yet.
+        """
+        jumps: list[Tensor] = [g.log_threshold for g in self.weights if g.log_threshold is not None]
+        if jumps:
+            return torch.cat(jumps).exp()
+        thresholds = torch.cat([group.threshold.expand(group.gate.shape) for group in self.weights])
         if thresholds.isnan().any():
             raise NotCalibrated(
                 "this BatchTopK crosscoder has no threshold, which it needs to encode in eval mode.",
@@ -122,43 +141,54 @@ class Crosscoder(nn.Module):
 
     def forward(self, x: Float[Tensor, "rows reads"]) -> Float[Tensor, "rows writes"]:
         """Raw packed reads to raw packed reconstructions."""
-        return self.decode(self.encode(x))
+        return self.decode(self.encode(x), x)
 
     def encode(self, x: Float[Tensor, "rows reads"]) -> SparseCode:
         """The code of raw packed reads; raises SourceMismatch for another width, NotCalibrated as `thresholds` does."""
         self._check_width(x, self.reads, "reads")
-        return self.encode_normalised(self._normalised_reads(x.to(self.bias.dtype)))
+        return self.encode_normalised(self.normalise_reads(x.to(self.bias.dtype)))
 
-    def decode(self, code: SparseCode) -> Float[Tensor, "rows writes"]:
-        """Raw packed writes of a code."""
-        y = self.decode_normalised(code)
+    def decode(self, code: SparseCode, x: Float[Tensor, "rows reads"] | None = None) -> Float[Tensor, "rows writes"]:
+        """Raw packed writes of a code; affine paths need the raw reads `x` too, and raise SourceMismatch without."""
+        y = self.decode_normalised(code, None if x is None else self.normalise_reads(x.to(self.bias.dtype)))
         if self.folded_normaliser:
             return y
-        return y / self._scale_columns(self.writes) + self.mean[self._columns(self.writes)]
+        return y / self.scale_columns(self.writes) + self.mean_columns(self.writes)
 
     def encode_normalised(self, x: Float[Tensor, "rows reads"], *, k: int | None = None) -> SparseCode:
         """The code of packed reads in normalised space; `k` stands in for the nonlinearity's own (a schedule's)."""
-        parts = [layout.read(x) for layout in self._layout]
-        if dispatch.dense(self.nonlinearity):
-            return self._encode_dense(parts)
+        return self.activity(x, k=k).code
+
+    def decode_normalised(
+        self, code: SparseCode | Float[Tensor, "rows latents"], x: Float[Tensor, "rows reads"] | None = None
+    ) -> Float[Tensor, "rows writes"]:
+        """Packed writes in normalised space, of a code or of a full matrix of values; `x` as in `decode`."""
+        num_rows = code.num_rows if isinstance(code, SparseCode) else code.shape[0]
+        start = self.bias.expand(num_rows, -1).split(list(self.writes.widths), dim=1)
+        return assemble(start, [*self._decoded(code), *self._skipped(x)])
+
+    def activity(self, x: Float[Tensor, "rows reads"], *, k: int | None = None) -> Activity:
+        """The code of packed normalised reads, with what training needs beside it."""
+        parts = [layout.read(x) for layout in self.layouts]
+        if dispatch.dense(self.nonlinearity, training=self.training):
+            pre = self._block(parts, range(len(parts)), 0, x.shape[0])
+            f = torch.relu(pre) if isinstance(self.nonlinearity, ReLU) else self._jumped(pre)
+            return Activity(SparseCode.from_dense(f), f, pre)
         with torch.no_grad():
             found = self._select(parts, k)
         pattern = Pattern(pointers(found.rows, num_rows=x.shape[0]), found.latents, self.num_latents)
-        return SparseCode.of(pattern, self._attach(parts, found, pattern))
-
-    def decode_normalised(self, code: SparseCode) -> Float[Tensor, "rows writes"]:
-        """Packed writes in normalised space."""
-        y = self.bias.expand(code.num_rows, -1)
-        for weights, layout in zip(self.weights, self._layout, strict=True):
-            y = layout.add(y, self._decode_group(code, weights, layout))
-        return y
+        return Activity(SparseCode.of(pattern, self._attach(parts, found, pattern)))
 
     # -- normaliser, gate, threshold --------------------------------------------------------------------------------
 
     def normalise(self, x: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
         """`x̃` of rows packed over all sources; the rows themselves once the normaliser is folded in."""
         self._check_width(x, self.sources, "sources")
-        return x if self.folded_normaliser else (x - self.mean) * self._scale_columns(self.sources)
+        return x if self.folded_normaliser else (x - self.mean) * self.scale_columns(self.sources)
+
+    def normalise_reads(self, x: Float[Tensor, "rows reads"]) -> Float[Tensor, "rows reads"]:
+        """`x̃` of rows packed over the sources that are read."""
+        return x if self.folded_normaliser else (x - self.mean_columns(self.reads)) * self.scale_columns(self.reads)
 
     def set_normaliser(self, mean: Float[Tensor, "width"], scale: Float[Tensor, "sources"]) -> None:
         """Fix `μ` and `c`; to be called before training."""
@@ -166,76 +196,56 @@ class Crosscoder(nn.Module):
         self.scale.copy_(scale)
 
     @torch.no_grad()
-    def refresh_gate(self) -> None:
-        """Set the gate to `Σ_s ‖d_i^s‖` of the present decoder; the trainer calls it after every update."""
-        for weights, layout in zip(self.weights, self._layout, strict=True):
-            weights.gate.copy_(layout.norms(weights.decoder).sum(1))
+    def settle(self) -> None:
+        """Restore after an update what it may have broken: norms that are tied, and the gate."""
+        for weights, layout in zip(self.weights, self.layouts, strict=True):
+            layout.equalise(weights.decoder)
+        self.refresh_gate()
 
     @torch.no_grad()
+    def refresh_gate(self) -> None:
+        """Set the gate to the code norm of the present decoder."""
+        for weights, layout in zip(self.weights, self.layouts, strict=True):
+            weights.gate.copy_(code_norm(layout.norms(weights.decoder), self.nonlinearity.code_norm))
+
     def calibrate(self, batches: Iterable[Float[Tensor, "_ reads"]]) -> None:
-        """Set the threshold to the score that `k` latents per row exceed on average over `batches` (raw packed reads).
+        """Set BatchTopK's thresholds to the scores that k latents per row exceed on `batches` (raw packed reads)."""
+        calibration.calibrate(self, batches)
 
-        Of each batch the 2k largest scores per row are held, which suffices unless batches differ wildly in density.
-        """
-        if not isinstance(self.nonlinearity, BatchTopK):
-            return
-        was_training, rows, scores = self.training, 0, list[Tensor]()
-        self.train()
-        try:
-            for x in batches:
-                code = self.encode_normalised(self._normalised_reads(x), k=2 * self.nonlinearity.k)
-                scores.append(code.values * self.gate[code.latents])
-                rows += code.num_rows
-        finally:
-            self.train(was_training)
-        if not rows:
-            raise TextError("expected rows to calibrate on; got none.", hint="Give some training rows.")
-        pooled = torch.cat(scores).sort(descending=True).values
-        count = self.nonlinearity.k * rows
-        cut = pooled[count - 1 : count + 1].mean() if pooled.numel() > count else pooled.new_zeros(())
-        for weights in self.weights:
-            weights.threshold.copy_(cut)
-
-    def group_write_widths(self, group: int) -> tuple[int, ...]:
-        """Widths of the sources that a group writes, in the order of its decoder's columns."""
-        return self._layout[group].widths
+    def as_jumprelu(self, *, bandwidth: float = 2.0) -> Crosscoder:
+        """A calibrated BatchTopK crosscoder with a threshold for every latent: the same codes in eval mode."""
+        return calibration.as_jumprelu(self, bandwidth=bandwidth)
 
     def group_parts(self, latents: Int[Tensor, "some"]) -> list[GroupPart]:
         """The weights of `latents` (sorted), group by group, for work on a few latents only; empty parts left out."""
-        parts = [layout.part(weights, latents) for weights, layout in zip(self.weights, self._layout, strict=True)]
+        parts = [layout.part(weights, latents) for weights, layout in zip(self.weights, self.layouts, strict=True)]
         return [part for part in parts if part.bias.shape[0]]
 
     # -- norms, folding, files --------------------------------------------------------------------------------------
 
+    def code_norms(self, kind: CodeNorm = "sum") -> Float[Tensor, "latents"]:
+        """The code norm of every latent in the stored space; differentiable in the decoders."""
+        norms = [layout.norms(weights.decoder) for weights, layout in zip(self.weights, self.layouts, strict=True)]
+        return torch.cat([code_norm(part, kind) for part in norms])
+
     def decoder_norms(self, space: Space = "normalised") -> Float[Tensor, "latents sources"]:
         """`‖W_dec[i, s]‖₂` for every written source, in the declared space; 0 where a latent cannot write."""
         norms = self.bias.new_zeros(self.num_latents, len(self.writes))
-        for weights, layout in zip(self.weights, self._layout, strict=True):
+        for weights, layout in zip(self.weights, self.layouts, strict=True):
             norms[layout.first : layout.last, layout.source_ids] = layout.norms(weights.decoder)
         return norms * self._to_space(space)
 
     def decoder_rows(self, source: str, space: Space = "normalised") -> Float[Tensor, "latents width"]:
         """The decoder vectors of all latents at one written source; zero where a latent cannot write it."""
         rows = self.bias.new_zeros(self.num_latents, self.writes[source].width)
-        for weights, layout in zip(self.weights, self._layout, strict=True):
-            if source in layout.group.writes:
-                rows[layout.first : layout.last] = weights.decoder[:, layout.write_slices[source]]
+        for weights, layout in zip(self.weights, self.layouts, strict=True):
+            if source in layout.write_slices:
+                rows[layout.first : layout.last] = layout.expanded(weights.decoder)[:, layout.write_slices[source]]
         return rows * self._to_space(space)[self.writes.index(source)]
 
-    def folded(self) -> Self:
+    def folded(self) -> Crosscoder:
         """The same function with the normaliser moved into the weights; for inference."""
-        if self.folded_normaliser:
-            return deepcopy(self)
-        copy = deepcopy(self)
-        with torch.no_grad():
-            scale_r, mean_r = self._scale_columns(self.reads), self.mean[self._columns(self.reads)]
-            for mine, layout in zip(copy.weights, self._layout, strict=True):
-                mine.encoder.mul_(layout.read(scale_r))
-                mine.encoder_bias.sub_(mine.encoder @ layout.read(mean_r))
-                mine.decoder.div_(layout.written(self._scale_columns(self.writes)))
-            copy.bias.div_(self._scale_columns(self.writes)).add_(self.mean[self._columns(self.writes)])
-        copy.folded_normaliser = True
-        return copy.eval()
+        return folding.fold(self)
 
     def save(self, path: str | Path) -> Path:
         """Write `config.json`, `model.safetensors` and a model card into the directory `path`."""
@@ -253,31 +263,48 @@ class Crosscoder(nn.Module):
         """Upload what `save` writes to the Hub as `repo_id`; gives the address of the commit."""
         return crosscoder_files.push(self, repo_id, private=private)
 
+    def scale_columns(self, sources: SourceSet) -> Float[Tensor, "width"]:
+        """`c_s` repeated over the columns of each of `sources`."""
+        ids = torch.tensor([self.sources.index(key) for key in sources.keys], device=self.scale.device)
+        widths = torch.tensor(sources.widths, device=self.scale.device)
+        return self.scale[ids].repeat_interleave(widths, output_size=sources.width)
+
+    def mean_columns(self, sources: SourceSet) -> Float[Tensor, "width"]:
+        """`μ` over the columns of `sources`."""
+        if sources == self.sources:
+            return self.mean
+        return self.mean[torch.tensor(self.sources.columns(sources.keys), device=self.mean.device)]
+
     # -- parts ------------------------------------------------------------------------------------------------------
 
-    def _normalised_reads(self, x: Tensor) -> Tensor:
-        if self.folded_normaliser:
-            return x
-        return (x - self.mean[self._columns(self.reads)]) * self._scale_columns(self.reads)
-
-    def _encode_dense(self, parts: Sequence[Tensor]) -> SparseCode:
-        return SparseCode.from_dense(torch.relu(self._dense_block(parts)))
-
-    def _dense_block(self, parts: Sequence[Tensor]) -> Tensor:
-        products = [torch.addmm(w.encoder_bias, part, w.encoder.T) for w, part in zip(self.weights, parts, strict=True)]
-        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+    def _jumped(self, pre: Tensor) -> Tensor:
+        assert isinstance(self.nonlinearity, JumpReLU), "only ReLU and JumpReLU are computed densely"
+        return jump_relu(pre, self.thresholds, bandwidth=self.nonlinearity.bandwidth)
 
     def _select(self, parts: Sequence[Tensor], k: int | None) -> selection.Selection:
-        def block(first: int, last: int) -> Tensor:
-            return self._dense_block([part[first:last] for part in parts])
+        num_rows = parts[0].shape[0]
+        if not self.training and not isinstance(self.nonlinearity, TopK):
+            gate = torch.ones_like(self.gate) if isinstance(self.nonlinearity, JumpReLU) else self.gate
+            block = partial(self._block, parts, range(len(parts)))
+            return selection.above_threshold(block, num_rows=num_rows, gate=gate, threshold=self.thresholds)
+        pick = selection.top_k if isinstance(self.nonlinearity, TopK) else selection.batch_top_k
+        picked: list[selection.Selection] = []
+        for budget in self.budgets if k is None else nonlinearities.scaled(self.budgets, k):
+            block = partial(self._block, parts, budget.groups)
+            gate = torch.cat([self.weights[i].gate for i in budget.groups])
+            found = pick(block, num_rows=num_rows, gate=gate, k=budget.k)
+            picked.append(found if len(self.budgets) == 1 else found.renumbered(self._latents_of(budget)))
+        return picked[0] if len(picked) == 1 else selection.merged(picked, num_latents=self.num_latents)
 
-        num_rows, gate, kind = parts[0].shape[0], self.gate, self.nonlinearity
-        assert not isinstance(kind, ReLU), "ReLU is computed densely"
-        if isinstance(kind, TopK):
-            return selection.top_k(block, num_rows=num_rows, gate=gate, k=k or kind.k)
-        if self.training:
-            return selection.batch_top_k(block, num_rows=num_rows, gate=gate, k=k or kind.k)
-        return selection.above_threshold(block, num_rows=num_rows, gate=gate, threshold=self.thresholds)
+    def _block(self, parts: Sequence[Tensor], groups: Sequence[int], first: int, last: int) -> Tensor:
+        """Pre-activations of some rows in some groups."""
+        weights = self.weights
+        products = [torch.addmm(weights[i].encoder_bias, parts[i][first:last], weights[i].encoder.T) for i in groups]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+
+    def _latents_of(self, budget: Budget) -> Int[Tensor, "latents"]:
+        ranges = [self.wiring.latent_ranges[i] for i in budget.groups]
+        return torch.cat([torch.arange(first, last, device=self.bias.device) for first, last in ranges])
 
     def _attach(self, parts: Sequence[Tensor], found: selection.Selection, pattern: Pattern) -> Tensor:
         """The found values with their graph: the sparse backward of each group's encoder."""
@@ -285,7 +312,7 @@ class Crosscoder(nn.Module):
             w = self.weights[0]
             return sparse.encode(parts[0], w.encoder, w.encoder_bias, values=found.values, pattern=pattern)
         values = torch.zeros_like(found.values)
-        for weights, part, layout in zip(self.weights, parts, self._layout, strict=True):
+        for weights, part, layout in zip(self.weights, parts, self.layouts, strict=True):
             of_group = layout.pairs(found.latents)
             own = layout.pattern(found.rows[of_group], found.latents[of_group], num_rows=part.shape[0])
             mine = sparse.encode(
@@ -294,11 +321,29 @@ class Crosscoder(nn.Module):
             values = values.index_put((of_group,), mine)
         return values
 
-    def _decode_group(self, code: SparseCode, weights: GroupWeights, layout: GroupLayout) -> Tensor:
+    def _decoded(self, code: SparseCode | Tensor) -> Iterable[tuple[int, Tensor]]:
+        for weights, layout in zip(self.weights, self.layouts, strict=True):
+            yield from layout.pieces(self._decode_group(code, weights, layout))
+
+    def _decode_group(self, code: SparseCode | Tensor, weights: GroupWeights, layout: GroupLayout) -> Tensor:
+        if isinstance(code, Tensor):
+            return reference.decode(code[:, layout.first : layout.last], weights.decoder)
         own = code if len(self.weights) == 1 else code.of_latents(layout.first, layout.last)
-        if dispatch.dense(self.nonlinearity):
+        if dispatch.dense(self.nonlinearity, training=self.training):
             return reference.decode(own.to_dense(), weights.decoder)
         return sparse.decode(own.values, weights.decoder, own.pattern)
+
+    def _skipped(self, x: Tensor | None) -> Iterable[tuple[int, Tensor]]:
+        paths = [(w, layout) for w, layout in zip(self.weights, self.layouts, strict=True) if w.skip is not None]
+        if paths and x is None:
+            raise SourceMismatch(
+                "this crosscoder has affine paths from its reads to its writes; a code alone does not give them.",
+                details=[f"{layout.group.name}  reads {', '.join(layout.group.reads)}" for _, layout in paths],
+                hint="Call decode(code, x) with the packed reads that were encoded.",
+            )
+        for weights, layout in paths:
+            assert x is not None, "refused above"
+            yield from layout.skip_pieces(weights, x)
 
     def _to_space(self, space: Space) -> Tensor:
         """What turns stored norms at the written sources into norms of `space`."""
@@ -308,37 +353,10 @@ class Crosscoder(nn.Module):
             return torch.ones_like(scale)
         return scale if space == "normalised" else 1 / scale
 
-    def _columns(self, sources: SourceSet) -> slice | Int[Tensor, "columns"]:
-        if sources == self.sources:
-            return slice(None)
-        return torch.tensor(self.sources.columns(sources.keys), device=self.mean.device)
-
-    def _scale_columns(self, sources: SourceSet) -> Float[Tensor, "width"]:
-        """`c_s` repeated over the columns of each source."""
-        ids = torch.tensor([self.sources.index(key) for key in sources.keys], device=self.scale.device)
-        widths = torch.tensor(sources.widths, device=self.scale.device)
-        return self.scale[ids].repeat_interleave(widths, output_size=sources.width)
-
     def _check_width(self, x: Tensor, sources: SourceSet, side: str) -> None:
         if x.ndim != 2 or x.shape[1] != sources.width:
             raise SourceMismatch(
                 f"this crosscoder {side}: {len(sources)} sources, {sources.width} columns; got shape {tuple(x.shape)}.",
                 details=sources.describe(),
                 hint="Pack one row per token with crosscoder.reads.pack({key: activations}).",
-            )
-
-
-def _new_weights(group: LatentGroup, draw: Callable[..., Tensor]) -> GroupWeights:
-    decoder = draw(group, keys=group.writes)
-    return GroupWeights(decoder.clone() if group.reads == group.writes else draw(group, keys=group.reads), decoder)
-
-
-def _refuse_unbuilt(groups: Sequence[LatentGroup]) -> None:
-    for group in groups:
-        asked = {"tied": group.tied is not None, "skip": group.skip, "k": group.k is not None}
-        if any(asked.values()) or group.penalty != 1.0:
-            raise WiringError(
-                f"group {group.name!r} asks for what this version describes and saves, but does not train.",
-                details=[name for name, on in {**asked, "penalty": group.penalty != 1.0}.items() if on],
-                hint="Leave these at their defaults.",
             )

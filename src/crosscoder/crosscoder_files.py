@@ -1,13 +1,16 @@
 """A crosscoder on disk and on the Hub: `config.json`, `model.safetensors` and a model card; never corpus text.
 
 `config.json` holds the sources, the expanded groups, the nonlinearity and what made it. Tensors are
-`groups.<name>.{encoder, decoder, encoder_bias, gate, threshold}` and `sources.<key>.{bias, mean, scale}`.
+`groups.<name>.{encoder, decoder, encoder_bias, gate, threshold}`, under JumpReLU `log_threshold` and where there is an
+affine path `skip` (written columns, read columns), and `sources.<key>.{bias, mean, scale}`. A tied decoder is kept
+once, (latents, width); all others are (latents, Σ written widths).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,6 +41,9 @@ class SourceConfig(_Strict):
     model: str = Field(description="alias of the model under study")
     site: str = Field(description="site within it")
     width: int = Field(description="width of its activations")
+    difference: tuple[str, str] | None = Field(
+        default=None, description="the two sources whose difference a derived source is"
+    )
 
 
 class GroupConfig(_Strict):
@@ -50,14 +56,19 @@ class GroupConfig(_Strict):
     tied: Literal["decoder", "norm"] | None = Field(description="what is shared across written sources")
     penalty: float = Field(description="multiplier of the sparsity coefficient")
     k: int | None = Field(description="active latents per row of this group alone")
-    skip: bool = Field(description="affine path from reads to writes")
+    skip: tuple[str, ...] | bool = Field(description="written sources that get an affine map of the reads")
 
 
 class NonlinearityConfig(_Strict):
     """The nonlinearity as saved."""
 
-    kind: Literal["relu", "topk", "batch_topk"] = Field(description="which nonlinearity")
+    kind: Literal["relu", "jump_relu", "topk", "batch_topk"] = Field(description="which nonlinearity")
     k: int | None = Field(default=None, description="active latents per row")
+    code_norm: Literal["sum", "concat", "max", "none"] | None = Field(
+        default=None, description="the norm of decoders that scores are multiplied with"
+    )
+    bandwidth: float | None = Field(default=None, description="window of the gradient of JumpReLU's thresholds")
+    initial_threshold: float | None = Field(default=None, description="where JumpReLU's thresholds started")
 
 
 class CrosscoderConfig(_Strict):
@@ -100,7 +111,7 @@ def load(path: str | Path, *, revision: str | None, device: str) -> Crosscoder:
 
     folder = local_folder(path, revision=revision)
     config = _read_config(folder / CONFIG)
-    sources = SourceSet(Source(s.model, s.site, s.width) for s in config.sources)
+    sources = SourceSet(Source(s.model, s.site, s.width, s.difference) for s in config.sources)
     wiring = Wiring(sources, [LatentGroup(**group.model_dump()) for group in config.groups])
     crosscoder = Crosscoder(wiring, _nonlinearity(config.nonlinearity))
     crosscoder.folded_normaliser = config.folded_normaliser
@@ -161,15 +172,17 @@ def config_of(crosscoder: Crosscoder) -> CrosscoderConfig:
     """What `config.json` will say."""
     from crosscoder import __version__
 
-    fields = GroupConfig.model_fields
-    groups = [GroupConfig(**{name: getattr(group, name) for name in fields}) for group in crosscoder.wiring]
+    names = GroupConfig.model_fields
+    groups = [GroupConfig(**{name: getattr(group, name) for name in names}) for group in crosscoder.wiring]
     kind = crosscoder.nonlinearity
     return CrosscoderConfig(
         format=f"crosscoder.{THING}/1",
         package_version=__version__,
-        sources=tuple(SourceConfig(model=s.model, site=s.site, width=s.width) for s in crosscoder.sources),
+        sources=tuple(
+            SourceConfig(model=s.model, site=s.site, width=s.width, difference=s.difference) for s in crosscoder.sources
+        ),
         groups=tuple(groups),
-        nonlinearity=NonlinearityConfig(kind=kind.kind, k=active_per_row(kind)),
+        nonlinearity=NonlinearityConfig(kind=kind.kind, **{f.name: getattr(kind, f.name) for f in fields(kind)}),
         folded_normaliser=crosscoder.folded_normaliser,
         provenance=crosscoder.provenance,
     )
@@ -179,8 +192,9 @@ def tensors_of(crosscoder: Crosscoder) -> dict[str, Tensor]:
     """All tensors under their names in the file."""
     tensors: dict[str, Tensor] = {}
     for group, weights in zip(crosscoder.wiring, crosscoder.weights, strict=True):
-        for name in ("encoder", "decoder", "encoder_bias", "gate", "threshold"):
-            tensors[f"groups.{group.name}.{name}"] = getattr(weights, name)
+        for name in ("encoder", "decoder", "encoder_bias", "gate", "threshold", "log_threshold", "skip"):
+            if getattr(weights, name) is not None:
+                tensors[f"groups.{group.name}.{name}"] = getattr(weights, name)
     for i, (key, columns) in enumerate(crosscoder.sources.slices.items()):
         tensors[f"sources.{key}.mean"] = crosscoder.mean[columns]
         tensors[f"sources.{key}.scale"] = crosscoder.scale[i]
@@ -245,9 +259,14 @@ def _read_config(path: Path) -> CrosscoderConfig:
 
 def _nonlinearity(config: NonlinearityConfig) -> Nonlinearity:
     kind = KINDS[config.kind]
-    if (config.k is None) != (config.kind == "relu"):
-        raise FileFormatError(f"the nonlinearity {config.kind} is saved with k = {config.k}; the file was changed.")
-    return kind() if config.k is None else kind(config.k)  # pyright: ignore[reportCallIssue]
+    given = {name: value for name, value in config.model_dump(exclude={"kind"}).items() if value is not None}
+    known = {field.name for field in fields(kind)}
+    if not given.keys() <= known or ("k" in known and "k" not in given):
+        raise FileFormatError(
+            f"the nonlinearity {config.kind} is saved with {given}; the file was changed.",
+            details=[f"expected  {', '.join(sorted(known)) or 'nothing'}"],
+        )
+    return kind(**given)
 
 
 _CARD = """---

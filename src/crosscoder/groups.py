@@ -1,24 +1,40 @@
-"""Latent groups in memory: their parameters, stored only where they read and write, and where those columns lie."""
+"""Latent groups in memory: their parameters, stored only where they read and write, and where those columns lie.
+
+A group with tied decoders keeps one decoder (latents, width) for all the sources that it writes: it is decoded once,
+and its gradient is the sum over the sources. With tied norms `‖d_i^s‖` is made equal over s after every update.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from crosscoder.codes import Pattern, pointers
+from crosscoder.nonlinearities import CodeNorm
 from crosscoder.sources import SourceSet
 from crosscoder.wiring import LatentGroup, Wiring
+
+Piece = tuple[int, Tensor]
+"""The place of a written source, and a contribution (rows, its width) to it."""
 
 
 class GroupWeights(nn.Module):
     """Parameters of one latent group, stored only where it reads and writes."""
 
-    def __init__(self, encoder: Tensor, decoder: Tensor) -> None:
+    def __init__(self, encoder: Tensor, decoder: Tensor, *, log_threshold: float | None, skip_width: int) -> None:
         super().__init__()
         num_latents = encoder.shape[0]
         self.encoder = nn.Parameter(encoder)
         self.decoder = nn.Parameter(decoder)
         self.encoder_bias = nn.Parameter(torch.zeros(num_latents))
+        jumps = None if log_threshold is None else nn.Parameter(torch.full((num_latents,), log_threshold))
+        self.log_threshold: nn.Parameter | None
+        self.skip: nn.Parameter | None
+        self.register_parameter("log_threshold", jumps)
+        self.register_parameter("skip", nn.Parameter(torch.zeros(skip_width, encoder.shape[1])) if skip_width else None)
         self.gate: Tensor
         self.threshold: Tensor
         self.register_buffer("gate", torch.ones(num_latents))
@@ -26,11 +42,12 @@ class GroupWeights(nn.Module):
 
 
 class GroupPart:
-    """Some latents of one group: their weights, differentiable, and the group's columns."""
+    """Some latents of one group: their weights, differentiable, and the group's layout."""
 
-    def __init__(self, encoder: Tensor, bias: Tensor, decoder: Tensor, gate: Tensor, *, layout: GroupLayout) -> None:
-        self.encoder, self.bias, self.decoder, self.gate = encoder, bias, decoder, gate
-        self.read, self.add = layout.read, layout.add
+    def __init__(self, weights: GroupWeights, ids: Tensor, *, layout: GroupLayout) -> None:
+        self.encoder, self.bias = weights.encoder[ids], weights.encoder_bias[ids]
+        self.decoder, self.gate = weights.decoder[ids], weights.gate[ids]
+        self.read, self.pieces = layout.read, layout.pieces
 
 
 class GroupLayout:
@@ -41,34 +58,52 @@ class GroupLayout:
         self.first, self.last = wiring.latent_ranges[wiring.groups.index(group)]
         own = wiring.sources.subset(group.writes)
         self.write_slices = own.slices
-        self.source_ids = [wiring.writes.index(key) for key in own.keys]
-        self._reads = _selector(wiring.reads, group.reads)
-        self._writes = _selector(wiring.writes, group.writes)
         self.widths = own.widths
+        self.source_ids = [wiring.writes.index(key) for key in own.keys]
+        self.stored_widths = self.widths[:1] if group.tied == "decoder" else self.widths
+        skipped = [key for key in own.keys if key in group.skips]
+        self.skip_widths = [own[key].width for key in skipped]
+        self._skip_ids = [wiring.writes.index(key) for key in skipped]
+        self.read = Columns(wiring.reads, group.reads)
+        self.written = Columns(wiring.writes, group.writes)
+        self.skip_written = Columns(wiring.writes, tuple(skipped)) if skipped else None
 
-    def read(self, x: Tensor) -> Tensor:
-        """The group's columns of packed reads (last dimension)."""
-        return x if self._reads is None else x[..., self._reads]
+    def new_weights(self, encoder: Tensor, decoder: Tensor, *, log_threshold: float | None) -> GroupWeights:
+        """Weights of this group with that encoder and stored decoder."""
+        return GroupWeights(encoder, decoder, log_threshold=log_threshold, skip_width=sum(self.skip_widths))
 
-    def written(self, y: Tensor) -> Tensor:
-        """The group's columns of packed writes (last dimension)."""
-        return y if self._writes is None else y[..., self._writes]
+    def pieces(self, part: Float[Tensor, "rows stored"]) -> Iterator[Piece]:
+        """What the product with the stored decoder adds to each source that the group writes."""
+        if self.group.tied == "decoder":
+            return ((i, part) for i in self.source_ids)
+        return zip(self.source_ids, part.split(list(self.widths), dim=1), strict=True)
 
-    def add(self, y: Tensor, part: Tensor) -> Tensor:
-        """`y` with the group's reconstruction added onto its columns."""
-        if self._writes is None:
-            return y + part
-        return y.index_add(1, torch.tensor(self._writes, device=y.device), part)
+    def skip_pieces(self, weights: GroupWeights, x: Float[Tensor, "rows reads"]) -> Iterator[Piece]:
+        """What the affine path adds to the sources that it goes to."""
+        assert weights.skip is not None, "only groups with an affine path are asked"
+        product = self.read(x) @ weights.skip.T
+        return zip(self._skip_ids, product.split(self.skip_widths, dim=1), strict=True)
 
-    def norms(self, decoder: Tensor) -> Tensor:
-        """(latents, written sources of the group): the norm of each source's stretch of the decoder."""
-        return torch.stack([part.norm(dim=1) for part in decoder.split(list(self.widths), dim=1)], dim=1)
+    def expanded(self, decoder: Float[Tensor, "latents stored"]) -> Float[Tensor, "latents writes"]:
+        """The decoder over all written columns, copies included."""
+        return decoder.repeat(1, len(self.widths)) if self.group.tied == "decoder" else decoder
+
+    def norms(self, decoder: Float[Tensor, "latents stored"]) -> Float[Tensor, "latents sources"]:
+        """The norm of each written source's stretch of the decoder."""
+        norms = torch.stack([part.norm(dim=1) for part in decoder.split(list(self.stored_widths), dim=1)], dim=1)
+        return norms.expand(-1, len(self.widths))
+
+    @torch.no_grad()
+    def equalise(self, decoder: Float[Tensor, "latents stored"]) -> None:
+        """Give the decoder vectors of every latent their mean norm, where norms are tied."""
+        if self.group.tied == "norm":
+            norms = self.norms(decoder)
+            factor = norms.mean(1, keepdim=True) / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+            decoder.mul_(factor.repeat_interleave(torch.tensor(self.widths, device=decoder.device), dim=1))
 
     def part(self, weights: GroupWeights, latents: Tensor) -> GroupPart:
         """The weights of those of `latents` that are in this group."""
-        ids = latents[self.pairs(latents)] - self.first
-        rows = (weights.encoder[ids], weights.encoder_bias[ids], weights.decoder[ids], weights.gate[ids])
-        return GroupPart(*rows, layout=self)
+        return GroupPart(weights, latents[self.pairs(latents)] - self.first, layout=self)
 
     def pairs(self, latents: Tensor) -> Tensor:
         """Which active pairs belong to this group."""
@@ -79,5 +114,44 @@ class GroupLayout:
         return Pattern(pointers(rows, num_rows=num_rows), latents - self.first, self.last - self.first)
 
 
-def _selector(sources: SourceSet, keys: tuple[str, ...]) -> list[int] | None:
-    return None if sources.keys == keys else list(sources.columns(keys))
+class Columns:
+    """Some sources' columns of rows that pack others too: a view where they lie side by side."""
+
+    def __init__(self, sources: SourceSet, keys: tuple[str, ...]) -> None:
+        columns = sources.columns(keys)
+        adjacent = columns == tuple(range(columns[0], columns[0] + len(columns)))
+        self._slice = slice(columns[0], columns[-1] + 1) if adjacent else None
+        self._index = torch.tensor(columns)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The columns of `x` (last dimension)."""
+        if self._slice is not None:
+            return x[..., self._slice]
+        if self._index.device != x.device:
+            self._index = self._index.to(x.device)
+        return x.index_select(-1, self._index)
+
+    def add_to(self, x: Float[Tensor, "width"], values: Float[Tensor, "columns"]) -> None:
+        """Add `values` onto these columns of the vector `x`, in place."""
+        x[self._slice if self._slice is not None else self._index.to(x.device)] += values
+
+
+def code_norm(norms: Float[Tensor, "latents sources"], kind: CodeNorm) -> Float[Tensor, "latents"]:
+    """One norm per latent from those at its sources: `sum`, `concat` (root of squares), `max`, or `none` (1)."""
+    match kind:
+        case "sum":
+            return norms.sum(1)
+        case "concat":
+            return norms.norm(dim=1)
+        case "max":
+            return norms.amax(1)
+        case "none":
+            return torch.ones_like(norms[:, 0])
+
+
+def assemble(start: Sequence[Tensor], pieces: Iterable[Piece]) -> Float[Tensor, "rows writes"]:
+    """Packed writes: what each source starts with (any rows), plus all pieces for it."""
+    parts = list(start)
+    for i, piece in pieces:
+        parts[i] = parts[i] + piece
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

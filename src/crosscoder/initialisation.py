@@ -7,6 +7,7 @@ of the decoder where a group reads what it writes. Numbers come from Philox, a c
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -15,11 +16,29 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
+from crosscoder.nonlinearities import JumpReLU, Nonlinearity
 from crosscoder.sources import SourceSet
 from crosscoder.wiring import LatentGroup
 
 BLOCK = 1024
 Across = Literal["same", "independent"]
+
+
+def weights(
+    group: LatentGroup, *, sources: SourceSet, seed: int, decoder_norm: float, across_sources: Across
+) -> tuple[Float[Tensor, "latents reads"], Float[Tensor, "latents stored"]]:
+    """Encoder and stored decoder of one group; a tied decoder is drawn once, and its encoders start as its copies."""
+    across = "same" if group.tied == "decoder" else across_sources
+    drawn = {
+        keys: rows(group, keys=keys, sources=sources, seed=seed, decoder_norm=decoder_norm, across_sources=across)
+        for keys in {group.reads, group.writes if group.tied != "decoder" else group.writes[:1]}
+    }
+    return drawn[group.reads].clone(), drawn[group.writes if group.tied != "decoder" else group.writes[:1]]
+
+
+def log_threshold(nonlinearity: Nonlinearity) -> float | None:
+    """Where JumpReLU's thresholds start; None for all others."""
+    return math.log(nonlinearity.initial_threshold) if isinstance(nonlinearity, JumpReLU) else None
 
 
 def rows(

@@ -173,6 +173,28 @@ class SourceSet:
         pairs = zip(self.sources, stops, strict=True)
         return {source.key: slice(stop - source.width, stop) for source, stop in pairs}
 
+    @cached_property
+    def underlying(self) -> SourceSet:
+        """The sources that models have: these, with the parts of every difference in its place."""
+        found: dict[str, Source] = {}
+        for source in self:
+            parts = (
+                [source]
+                if source.difference is None
+                else [Source.parse(k, width=source.width) for k in source.difference]
+            )
+            found.update({part.key: part for part in parts})
+        return SourceSet(found.values())
+
+    def derive(self, activations: Mapping[str, Float[Tensor, "rows _"]]) -> Float[Tensor, "rows width"]:
+        """Rows packed over this set from the activations of `underlying`: differences are taken here."""
+        parts = {key: activations[key] for key in self.keys if self[key].difference is None}
+        for source in self:
+            if source.difference is not None:
+                a, b = source.difference
+                parts[source.key] = activations[a] - activations[b]
+        return self.pack(parts)
+
     def index(self, key: str) -> int:
         """The place of the source called `key`."""
         return self.keys.index(self[key].key)

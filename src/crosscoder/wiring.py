@@ -132,6 +132,22 @@ class Wiring:
         """The same wiring with `prefix-` before every group's name, so that two alike can be combined."""
         return Wiring(self.sources, [replace(group, name=f"{prefix}-{group.name}") for group in self.groups])
 
+    def over(self, sources: SourceSet) -> Wiring:
+        """The same groups among `sources`, which may be more and in another order; weights follow that order."""
+        groups = [
+            replace(group, reads=_in_order(sources, [group.reads]), writes=_in_order(sources, [group.writes]))
+            for group in self.groups
+        ]
+        return Wiring(sources, groups)
+
+    def untied(self) -> Wiring:
+        """The same wiring with a decoder of its own for every latent and source."""
+        return Wiring(self.sources, [replace(group, tied=None) for group in self.groups])
+
+    def without_k(self) -> Wiring:
+        """The same wiring with no group's own k."""
+        return Wiring(self.sources, [replace(group, k=None) for group in self.groups])
+
     def _check(self, group: LatentGroup) -> None:
         for side, keys in (("reads", group.reads), ("writes", group.writes)):
             unknown = [key for key in keys if key not in self.sources]
@@ -296,12 +312,7 @@ def combine(*wirings: Wiring) -> Wiring:
     if not wirings:
         raise WiringError("expected at least one wiring to combine; got none.")
     sources = _union(*(wiring.sources for wiring in wirings))
-    groups = [
-        replace(group, reads=_in_order(sources, [group.reads]), writes=_in_order(sources, [group.writes]))
-        for wiring in wirings
-        for group in wiring
-    ]
-    return Wiring(sources, groups)
+    return Wiring(sources, [group for wiring in wirings for group in wiring.over(sources)])
 
 
 def steps(sources: SourceSet) -> list[tuple[str, ...]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.crosscoder_files import without_local_paths
-from crosscoder.errors import FileFormatError, NotCalibrated, SourceMismatch, WiringError
+from crosscoder.errors import FileFormatError, NotCalibrated, SourceMismatch
 from crosscoder.nonlinearities import BatchTopK, Nonlinearity, ReLU, TopK
 from crosscoder.sources import Source, SourceSet
 from crosscoder.wiring import LatentGroup, Wiring, acausal, sae
@@ -212,11 +212,6 @@ def test_wrong_width_names_the_sources() -> None:
     cc = Crosscoder(acausal(SOURCES, num_latents=8), TopK(2))
     with pytest.raises(SourceMismatch, match=r"20 columns; got shape \(3, 4\)"):
         cc.encode(torch.zeros(3, 4))
-
-
-def test_what_is_described_but_not_built_is_refused() -> None:
-    with pytest.raises(WiringError, match="defaults"):
-        Crosscoder(Wiring(SOURCES, [LatentGroup("g", 4, SOURCES.keys, SOURCES.keys, penalty=0.1)]), ReLU())
 
 
 def test_initial_weights_depend_on_seed_and_group_only_and_grow_by_appending() -> None:

@@ -90,7 +90,7 @@ def test_all_problems_come_at_once(run_path: Path) -> None:
         RunConfig.load(run_path, overrides)
     lines = str(caught.value).splitlines()
     assert lines[0].endswith("has 4 problems.")
-    assert any(line.startswith("  wiring.kind: expected 'acausal', 'sae'; got 'acausl'") for line in lines)
+    assert any(line.startswith("  wiring.kind: expected 'acausal', 'sae', 'transcoder'") for line in lines)
     assert any(
         line.startswith("  train.batch_size: input should be greater than or equal to 1; got -1") for line in lines
     )
@@ -179,7 +179,7 @@ def test_overrides_that_cannot_be_applied_say_why(run_path: Path, override: str,
         ("sources.0=base/layers.1.residual", "expected a site such as"),
         ("sources.0=chat/layers.2.resid_pre", "sources: every source can be named once"),
         ("text.tokenizer=other", "text.tokenizer: expected one of base, chat; got 'other'"),
-        ("nonlinearity.k=129", "nonlinearity.k: expected at most wiring.num_latents = 128; got 129"),
+        ("nonlinearity.k=129", "expected k of at most the 128 latents it selects from; got 129"),
         ("nonlinearity.kind=relu", "sparsity.kind: expected l1"),
         ("wiring.kind=sae", "wiring.source: expected one of"),
     ],

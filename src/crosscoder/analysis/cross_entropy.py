@@ -25,8 +25,9 @@ from torch import Tensor
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.models import StudiedModel
 from crosscoder.crosscoder import Crosscoder
-from crosscoder.errors import SourceMismatch, TextError, WiringError
+from crosscoder.errors import SourceMismatch, TextError
 from crosscoder.progress import Progress, silent
+from crosscoder.sources import Source
 
 _CHUNK = 256
 """Positions whose logits are turned into losses at once: bounds the memory beside the logits themselves."""
@@ -71,13 +72,15 @@ def cross_entropies(
     batch_tokens: int = 2048,
     progress: Progress = silent,
 ) -> dict[str, CrossEntropy]:
-    """The cross-entropies of every written source, over about `num_tokens` tokens of `text`.
+    """The cross-entropies of every `spliceable` source, over about `num_tokens` tokens of `text`.
 
     `models` maps the alias of every source's model to it; contexts are a fixed sample of the set.
     """
     _check(crosscoder, models)
+    if not spliceable(crosscoder):
+        return {}
     batches = token_batches(text, num_tokens=num_tokens, batch_tokens=batch_tokens)
-    sums = {key: torch.zeros(4, dtype=torch.float64) for key in crosscoder.writes.keys}
+    sums = {source.key: torch.zeros(4, dtype=torch.float64) for source in spliceable(crosscoder)}
     count = 0
     for done, batch in enumerate(batches):
         progress("splicing into the models", done, len(batches))
@@ -130,9 +133,10 @@ def _token_batch(text: AnalysisSet, contexts: Sequence[int]) -> TokenBatch:
 def _losses(crosscoder: Crosscoder, models: Mapping[str, StudiedModel], batch: TokenBatch) -> dict[str, list[float]]:
     """Summed losses of one batch by written source: clean, spliced, zero, mean."""
     reconstruction = crosscoder.writes.unpack(_reconstruct(crosscoder, models, batch))
-    clean = {alias: _summed_loss(models[alias], batch) for alias in crosscoder.writes.models}
+    spliced = spliceable(crosscoder)
+    clean = {source.model: _summed_loss(models[source.model], batch) for source in spliced}
     losses: dict[str, list[float]] = {}
-    for source in crosscoder.writes:
+    for source in spliced:
         mean = crosscoder.mean[crosscoder.sources.slices[source.key]]
         rows = [reconstruction[source.key], torch.zeros_like(mean), mean]
         model = models[source.model]
@@ -147,11 +151,12 @@ def _reconstruct(
     """`x̂` of the rows that are kept, from the clean activations of every source that is read."""
     device, kept = crosscoder.mean.device, batch.kept
     read: dict[str, Tensor] = {}
-    for alias in crosscoder.reads.models:
-        sites = [source.site for source in crosscoder.reads if source.model == alias]
+    harvested = crosscoder.reads.underlying
+    for alias in harvested.models:
+        sites = [source.site for source in harvested if source.model == alias]
         found = models[alias].read(sites, batch.ids, attention_mask=batch.mask)
         read |= {f"{alias}/{site}": x[kept.to(x.device)].to(crosscoder.mean) for site, x in found.items()}
-    return crosscoder(crosscoder.reads.pack(read).to(device))
+    return crosscoder(crosscoder.reads.derive(read).to(device))
 
 
 def _summed_loss(
@@ -181,17 +186,19 @@ def _writer(row: Tensor, kept: Bool[Tensor, "contexts positions"]) -> Callable[[
     return write
 
 
+def spliceable(crosscoder: Crosscoder) -> list[Source]:
+    """The sources that can be replaced one at a time: a model has them, and the crosscoder reads what it writes there.
+
+    A source that is written but not read belongs to a replacement model, where later reads see earlier splices.
+    """
+    return [s for s in crosscoder.writes if s.difference is None and s.key in crosscoder.reads]
+
+
 def _check(crosscoder: Crosscoder, models: Mapping[str, StudiedModel]) -> None:
-    missing = [alias for alias in crosscoder.sources.models if alias not in models]
+    wanted = crosscoder.sources.underlying.models
+    missing = [alias for alias in wanted if alias not in models]
     if missing:
         raise SourceMismatch(
-            f"cross-entropy needs {', '.join(crosscoder.sources.models)}; {', '.join(missing)} did not come.",
+            f"cross-entropy needs {', '.join(wanted)}; {', '.join(missing)} did not come.",
             hint="Give models={alias: StudiedModel} for every one, or none to leave cross-entropy out.",
-        )
-    unread = [key for key in crosscoder.writes.keys if key not in crosscoder.reads]
-    if unread:
-        raise WiringError(
-            "cross-entropy is defined here for sources that are read as well as written.",
-            details=[f"written, not read  {key}" for key in unread],
-            hint="Evaluate without models to leave cross-entropy out.",
         )

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from xxhash import xxh3_128
 
+from crosscoder.activations import ActivationSource
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.corpus import Corpus
+from crosscoder.capture.derived import derived
 from crosscoder.capture.huggingface import Tokenizer
 from crosscoder.capture.loading import load_tokenizer
 from crosscoder.capture.models import StudiedModel
@@ -43,7 +45,7 @@ class OpenedRun:
     @cached_property
     def models(self) -> dict[str, StudiedModel]:
         """The models of the crosscoder's sources, loaded when they are first needed."""
-        aliases = self.crosscoder.sources.models
+        aliases = self.crosscoder.sources.underlying.models
         loaded: dict[str, StudiedModel] = {}
         for done, alias in enumerate(aliases):
             self.progress("loading models", done, len(aliases))
@@ -75,9 +77,10 @@ class OpenedRun:
             mine.save(RunDirectory(self.out).analysis)
         return mine
 
-    def activations(self) -> ActivationStream:
+    def activations(self) -> ActivationSource:
         """Activations of the crosscoder's sources over the analysis set."""
-        return ActivationStream(self.models, self.crosscoder.sources, self.text, seed=self.config.seed)
+        sources = self.crosscoder.sources
+        return derived(ActivationStream(self.models, sources.underlying, self.text, seed=self.config.seed), sources)
 
     @cached_property
     def fingerprint(self) -> str:

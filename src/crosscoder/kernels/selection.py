@@ -29,6 +29,10 @@ class Selection:
     def __init__(self, rows: Int[Tensor, "active"], latents: Int[Tensor, "active"], values: Tensor) -> None:
         self.rows, self.latents, self.values = rows, latents, values
 
+    def renumbered(self, latents: Int[Tensor, "latents"]) -> Selection:
+        """The same pairs with each latent under the number that `latents` gives it."""
+        return Selection(self.rows, latents[self.latents], self.values)
+
 
 def above_threshold(
     block: Block, *, num_rows: int, gate: Float[Tensor, "latents"], threshold: Tensor | float
@@ -48,6 +52,13 @@ def top_k(block: Block, *, num_rows: int, gate: Float[Tensor, "latents"], k: int
         kept = latents[rows, slots]
         parts.append(Selection(rows + first, kept, pre[rows, kept]))
     return _joined(parts)
+
+
+def merged(parts: list[Selection], *, num_latents: int) -> Selection:
+    """Selections among different latents as one, by row and latent."""
+    every = _joined(parts)
+    order = (every.rows * num_latents + every.latents).argsort()
+    return Selection(every.rows[order], every.latents[order], every.values[order])
 
 
 def batch_top_k(block: Block, *, num_rows: int, gate: Float[Tensor, "latents"], k: int) -> Selection:

@@ -6,35 +6,60 @@ run directory keeps the resolved file. Reading, overriding and explaining proble
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from crosscoder import nonlinearities
 from crosscoder.capture import ModelConfig
 from crosscoder.capture.text import TextConfig
-from crosscoder.nonlinearities import BatchTopK, Nonlinearity, ReLU, TopK
-from crosscoder.sources import SourceSet, split_key
+from crosscoder.sources import Source, SourceSet, difference, split_key
 from crosscoder.training import runfile
-from crosscoder.wiring import LatentGroup, Wiring, acausal
+from crosscoder.training.dictionary_config import (
+    AuxConfig,
+    BatchTopKConfig,
+    DeltaConfig,
+    InitConfig,
+    JumpReLUConfig,
+    L1Sparsity,
+    LossesConfig,
+    NonlinearityConfig,
+    NoSparsity,
+    ReLUConfig,
+    SparsityConfig,
+    TanhSparsity,
+    TopKConfig,
+    WarmStartConfig,
+)
+from crosscoder.training.settings import Count, Fraction, Settings
+from crosscoder.training.wiring_config import AcausalConfig, SaeConfig, WiringConfig
+
+__all__ = [
+    "FORMAT",
+    "AcausalConfig",
+    "AuxConfig",
+    "BatchTopKConfig",
+    "DeltaConfig",
+    "DifferenceConfig",
+    "InitConfig",
+    "JumpReLUConfig",
+    "L1Sparsity",
+    "LiveActivations",
+    "LossesConfig",
+    "NoSparsity",
+    "NormaliserConfig",
+    "ReLUConfig",
+    "RunConfig",
+    "SaeConfig",
+    "TanhSparsity",
+    "TopKConfig",
+    "TrainConfig",
+    "WarmStartConfig",
+]
 
 FORMAT = "crosscoder.run/1"
-
-
-def _whole(value: object) -> object:
-    """`1e8` is a fine way to write a count; `1.5` is not."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Settings(BaseModel):
-    """One block of a run file: frozen, keyword-only, and closed to keys that it does not name."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class LiveActivations(Settings):
@@ -57,114 +82,18 @@ class NormaliserConfig(Settings):
     )
 
 
-class AcausalConfig(Settings):
-    """Every latent reads and writes every source."""
+class DifferenceConfig(Settings):
+    """The source `x_a − x_b` of two models at one site: `{difference: [chat, base], site: layers.3.resid_post}`."""
 
-    kind: Literal["acausal"] = Field(default="acausal", description="Every latent reads and writes every source.")
-    num_latents: Count = Field(description="Number of latents.")
-
-    def build(self, sources: SourceSet) -> Wiring:
-        """The wiring over `sources`."""
-        return acausal(sources, num_latents=self.num_latents)
-
-
-class SaeConfig(Settings):
-    """A sparse autoencoder of one source."""
-
-    kind: Literal["sae"] = Field(default="sae", description="A sparse autoencoder of one source.")
-    num_latents: Count = Field(description="Number of latents.")
-    source: str | None = Field(
-        default=None, description="The source it reads and writes; null: the only one of the run."
+    difference: Annotated[tuple[str, str], Field(strict=False)] = Field(
+        description="Aliases of two models: the first minus the second."
     )
+    site: str = Field(description="The site of both.")
 
-    def build(self, sources: SourceSet) -> Wiring:
-        """The wiring over the one source."""
-        key = sources.resolve(self.source or sources.keys[0]).key
-        return Wiring(sources, [LatentGroup("all", self.num_latents, (key,), (key,))])
-
-
-class BatchTopKConfig(Settings):
-    """BatchTopK: k active latents per row on average over a batch, a calibrated threshold at inference."""
-
-    kind: Literal["batch_topk"] = Field(
-        default="batch_topk", description="Keep k latents per row, on average over a batch."
-    )
-    k: Count = Field(default=32, description="Active latents per row.")
-
-    def build(self) -> Nonlinearity:
-        """The nonlinearity that this describes."""
-        return BatchTopK(k=self.k)
-
-
-class TopKConfig(Settings):
-    """TopK: exactly k active latents in every row, fewer where fewer are positive."""
-
-    kind: Literal["topk"] = Field(default="topk", description="Keep k latents in every row.")
-    k: Count = Field(default=32, description="Active latents per row.")
-
-    def build(self) -> Nonlinearity:
-        """The nonlinearity that this describes."""
-        return TopK(k=self.k)
-
-
-class ReLUConfig(Settings):
-    """ReLU: sparsity comes from a penalty, so `sparsity.kind` has to be one."""
-
-    kind: Literal["relu"] = Field(
-        default="relu", description="Keep what is positive; the sparsity penalty does the rest."
-    )
-
-    def build(self) -> Nonlinearity:
-        """The nonlinearity that this describes."""
-        return ReLU()
-
-
-class NoSparsity(Settings):
-    """No penalty: the nonlinearity alone makes codes sparse."""
-
-    kind: Literal["none"] = Field(default="none", description="No penalty on the code.")
-
-
-class L1Sparsity(Settings):
-    """`coefficient · Σ_i f_i · n_i`, where n_i is the code norm of latent i."""
-
-    kind: Literal["l1"] = Field(default="l1", description="The values of active latents, times their decoder norms.")
-    coefficient: float = Field(gt=0, description="Weight of the penalty in the loss.")
-    code_norm: Literal["sum"] = Field(default="sum", description="sum: the norms over written sources, added up.")
-    warmup_fraction: Fraction = Field(
-        default=0.05, description="Part of the run in which the coefficient rises from zero."
-    )
-
-
-class AuxConfig(Settings):
-    """AuxK: latents that no longer fire reconstruct what the others left over."""
-
-    coefficient: float = Field(default=0.03125, ge=0, description="Weight of the auxiliary loss; 0 switches it off.")
-    max_latents: Count | None = Field(
-        default=None,
-        description="Dead latents used per row, at most; null: half the mean width of the written sources.",
-    )
-    dead_after_tokens: Count | None = Field(
-        default=None,
-        description="Rows without firing that make a latent dead; null: 10 million or 5 % of the run, the smaller.",
-    )
-
-
-class LossesConfig(Settings):
-    """What is added to the reconstruction loss."""
-
-    aux: AuxConfig = Field(default=AuxConfig(), description="The loss that brings dead latents back.")
-
-
-class InitConfig(Settings):
-    """Initial weights."""
-
-    decoder_norm: float = Field(
-        default=0.3, gt=0, description="Norm of each source's decoder row, in normalised space."
-    )
-    across_sources: Literal["same", "independent"] = Field(
-        default="same", description="Whether a latent starts with the same direction at every source."
-    )
+    @property
+    def parts(self) -> tuple[str, str]:
+        """Keys of the two sources."""
+        return f"{self.difference[0]}/{self.site}", f"{self.difference[1]}/{self.site}"
 
 
 class TrainConfig(Settings):
@@ -226,11 +155,6 @@ class TrainConfig(Settings):
         return self.model_copy(update={key: value for key, value in values.items() if getattr(self, key) is None})
 
 
-WiringConfig = Annotated[AcausalConfig | SaeConfig, Field(discriminator="kind")]
-NonlinearityConfig = Annotated[BatchTopKConfig | TopKConfig | ReLUConfig, Field(discriminator="kind")]
-SparsityConfig = Annotated[NoSparsity | L1Sparsity, Field(discriminator="kind")]
-
-
 class RunConfig(Settings):
     """A whole run: which models and sources, which text, which dictionary, how it is trained, where it goes.
 
@@ -242,8 +166,8 @@ class RunConfig(Settings):
         default=0, ge=0, description="The one seed: initial weights, order of data and split derive from it."
     )
     models: dict[str, ModelConfig] = Field(min_length=1, description="The models under study, by short alias.")
-    sources: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        min_length=1, description="Places to read and write, each as alias/site."
+    sources: Annotated[tuple[str | DifferenceConfig, ...], Field(strict=False)] = Field(
+        min_length=1, description="Places to read and write, each as alias/site, or a difference of two."
     )
     text: TextConfig = Field(description="The text that the models read.")
     activations: LiveActivations = Field(default=LiveActivations(), description="Where activations come from.")
@@ -268,35 +192,48 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        """Sources name models of this run, each once; the penalty and the nonlinearity go together."""
-        keys = ["/".join(split_key(key)) for key in self.sources]
+        """Sources name models of this run, each once; wiring, nonlinearity and penalty go together."""
+        keys = ["/".join(split_key(key)) for key in self.harvested_keys]
         unknown = [key for key in keys if key.split("/")[0] not in self.models]
         if unknown:
             raise ValueError(
                 f"sources: no model is called as in {', '.join(unknown)}; there are {', '.join(self.models)}"
             )
-        if len(set(keys)) < len(keys):
+        named = [key for key in self.sources if isinstance(key, str)]
+        if len({"/".join(split_key(key)) for key in named}) < len(named):
             raise ValueError("sources: every source can be named once")
         if self.text.tokenizer not in self.models:
             raise ValueError(f"text.tokenizer: expected one of {', '.join(self.models)}; got {self.text.tokenizer!r}")
-        self._agree_on_size()
+        self._agree_on_dictionary()
         return self
 
-    def _agree_on_size(self) -> None:
-        k = self.k
-        if k is not None and k > self.wiring.num_latents:
+    def _agree_on_dictionary(self) -> None:
+        """What can be told of the dictionary before widths are known."""
+        needs_penalty = isinstance(self.nonlinearity, ReLUConfig | JumpReLUConfig)
+        if needs_penalty and isinstance(self.sparsity, NoSparsity):
             raise ValueError(
-                f"nonlinearity.k: expected at most wiring.num_latents = {self.wiring.num_latents}; got {k}"
+                f"sparsity.kind: expected l1 or tanh with nonlinearity.kind = {self.nonlinearity.kind}; got none"
             )
-        if k is None and isinstance(self.sparsity, NoSparsity):
-            raise ValueError("sparsity.kind: expected l1 with nonlinearity.kind = relu; got none")
-        if isinstance(self.wiring, SaeConfig) and self.wiring.source is None and len(self.sources) != 1:
-            raise ValueError(f"wiring.source: expected one of {', '.join(self.sources)}; it is missing")
+        sources = self.source_set(dict.fromkeys(self.harvested_keys, 1))
+        nonlinearities.check(self.wiring.build(sources), self.nonlinearity.build())
+
+    @property
+    def harvested_keys(self) -> tuple[str, ...]:
+        """Keys of all sources that models have to give, the parts of differences among them, as they are written."""
+        parts = [(s,) if isinstance(s, str) else s.parts for s in self.sources]
+        return tuple(dict.fromkeys(key for part in parts for key in part))
+
+    def source_set(self, widths: Mapping[str, int]) -> SourceSet:
+        """The run's sources, differences included; `widths` by key, as in `harvested_keys`."""
+        found = {key: Source.parse(key, width=width) for key, width in widths.items()}
+        return SourceSet(
+            found[s] if isinstance(s, str) else difference(*(found[key] for key in s.parts)) for s in self.sources
+        )
 
     @property
     def k(self) -> int | None:
         """Active latents per row, where the nonlinearity fixes them."""
-        return None if isinstance(self.nonlinearity, ReLUConfig) else self.nonlinearity.k
+        return nonlinearities.active_per_row(self.nonlinearity.build())
 
     def rows_per_fill(self, bytes_per_row: int) -> int:
         """Rows in one fill of the buffer: what `buffer_gb` holds, and no more than the run will ever ask for."""
@@ -311,7 +248,7 @@ class RunConfig(Settings):
         }
         missing = {key: value for key, value in aux.items() if getattr(self.losses.aux, key) is None}
         changes: dict[str, Any] = {
-            "losses": LossesConfig(aux=self.losses.aux.model_copy(update=missing)),
+            "losses": self.losses.model_copy(update={"aux": self.losses.aux.model_copy(update=missing)}),
             "train": self.train.resolved(k=self.k),
             "out": self.out or "runs/run",
         }

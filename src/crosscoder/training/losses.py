@@ -1,8 +1,16 @@
 """The terms of the loss, in normalised space, each a mean over rows.
 
     reconstruction   Σ_{s written} ‖x̃_s − x̂̃_s‖²
-    L1 of norms      λ Σ_i f_i Σ_s ‖d_i^s‖                                  (Lindsey et al. 2024, section 1.1)
+    L1               λ Σ_i w_i f_i n_i                                      (Lindsey et al. 2024, section 1.1)
+    tanh             λ Σ_i w_i tanh(c f_i n_i)                              (Anthropic, January 2025)
+    pre-activation   λ_P Σ_i max(0, θ_i − p_i) n_i,  on pre-activations     (the same)
+    delta            δ ‖e_b √(c_a/c_b) − e_a √(c_b/c_a)‖²                   (Kassem et al. 2026, Delta-Crosscoder)
     AuxK             α ‖e − ê‖²,  e = x̃ − x̂̃ detached,  ê = f_dead W_dec[dead], no bias    (Gao et al. 2024, A.2)
+
+n_i is the code norm of latent i's decoder: by default `Σ_s ‖d_i^s‖`, L1 of norms; `concat` is L2 of norms. w_i is the
+penalty of its group. The pre-activation term gives a gradient to silent latents, which is its purpose: it has to see
+p, not f. The delta term is the squared error of the raw difference `x_b − x_a`, in units of the geometric mean
+`√(c_a c_b)` of the scales, so that it is `‖e_b − e_a‖²` where scales are equal.
 
 AuxK gives dead latents, and nothing else, a gradient: of the dead ones the `k_aux = ½ mean width` with the largest
 scores per row reconstruct what the live ones left over. Deviations, so that the term never dominates a step's time: at
@@ -18,7 +26,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosscoder.codes import SparseCode
-from crosscoder.crosscoder import Crosscoder
+from crosscoder.crosscoder import Activity, Crosscoder
+from crosscoder.errors import SourceMismatch
+from crosscoder.groups import assemble
+from crosscoder.nonlinearities import CodeNorm
+from crosscoder.training.config import L1Sparsity, TanhSparsity
 
 
 def source_errors(error: Float[Tensor, "rows writes"], widths: Sequence[int]) -> Float[Tensor, "sources"]:
@@ -26,10 +38,49 @@ def source_errors(error: Float[Tensor, "rows writes"], widths: Sequence[int]) ->
     return torch.stack([part.square().sum() for part in error.split(list(widths), dim=1)]) / error.shape[0]
 
 
-def l1_of_norms(code: SparseCode, crosscoder: Crosscoder) -> Float[Tensor, ""]:
-    """`Σ_i f_i Σ_s ‖d_i^s‖`, mean over rows; differentiable in values and decoder."""
-    norms = torch.cat([_norm_sums(crosscoder, group) for group in range(len(crosscoder.weights))])
-    return (code.values * norms[code.latents]).sum() / max(1, code.num_rows)
+def sparsity(
+    activity: Activity, crosscoder: Crosscoder, config: L1Sparsity | TanhSparsity, *, coefficient: float
+) -> Float[Tensor, ""]:
+    """The penalty with `λ = coefficient`, a schedule's; differentiable in values, decoders and thresholds."""
+    norms = crosscoder.code_norms(config.code_norm)
+    scaled, weights = _scaled_values(activity, norms, penalties(crosscoder))
+    num_rows = max(1, activity.code.num_rows)
+    if isinstance(config, L1Sparsity):
+        return coefficient * (scaled * weights).sum() / num_rows
+    penalty = coefficient * (torch.tanh(config.scale * scaled) * weights).sum() / num_rows
+    if activity.pre is None or not config.preactivation:
+        return penalty
+    below = torch.relu(crosscoder.thresholds - activity.pre)
+    return penalty + config.preactivation * (below * norms).sum() / num_rows
+
+
+def l1_of_norms(code: SparseCode, crosscoder: Crosscoder, code_norm: CodeNorm = "sum") -> Float[Tensor, ""]:
+    """`Σ_i f_i n_i`, mean over rows, without coefficients; differentiable in values and decoder."""
+    return (code.values * crosscoder.code_norms(code_norm)[code.latents]).sum() / max(1, code.num_rows)
+
+
+def penalties(crosscoder: Crosscoder) -> Float[Tensor, "latents"]:
+    """What each latent's group multiplies the sparsity coefficient by."""
+    parts = [torch.full((group.num_latents,), group.penalty) for group in crosscoder.wiring]
+    return torch.cat(parts).to(crosscoder.bias)
+
+
+def delta(error: Float[Tensor, "rows writes"], crosscoder: Crosscoder, *, a: str, b: str) -> Float[Tensor, ""]:
+    """The squared error of the raw difference `x_b − x_a` in units of `√(c_a c_b)`, mean over rows.
+
+    `error` is packed over `crosscoder.writes`; raises SourceMismatch where the widths of the two differ.
+    """
+    writes = crosscoder.writes
+    source_a, source_b = writes.resolve(a), writes.resolve(b)
+    if source_a.width != source_b.width or source_a == source_b:
+        raise SourceMismatch(
+            "the delta loss needs two written sources of one width.",
+            details=[f"a  {source_a.key}  width {source_a.width}", f"b  {source_b.key}  width {source_b.width}"],
+        )
+    scale_a, scale_b = (crosscoder.scale[crosscoder.sources.index(s.key)] for s in (source_a, source_b))
+    ratio = (scale_a / scale_b).sqrt()
+    gap = error[:, writes.slices[source_b.key]] * ratio - error[:, writes.slices[source_a.key]] / ratio
+    return gap.square().sum() / error.shape[0]
 
 
 def auxiliary(
@@ -45,17 +96,21 @@ def auxiliary(
     `reads` and `error` are packed over `crosscoder.reads` and `crosscoder.writes`.
     """
     target = error.detach()
-    estimate = torch.zeros_like(target)
+    pieces: list[tuple[int, Tensor]] = []
     for part in crosscoder.group_parts(dead):
         pre = torch.addmm(part.bias, part.read(reads), part.encoder.T)
         score = pre.detach() * part.gate
         kept = score.topk(min(k_aux, score.shape[1]), dim=1)
         values = torch.relu(pre.gather(1, kept.indices))
         f = torch.zeros_like(pre).scatter(1, kept.indices, values)
-        estimate = part.add(estimate, f @ part.decoder)
-    return (target - estimate).square().sum() / target.shape[0]
+        pieces += part.pieces(f @ part.decoder)
+    left = assemble((-target).split(list(crosscoder.writes.widths), dim=1), pieces)
+    return left.square().sum() / target.shape[0]
 
 
-def _norm_sums(crosscoder: Crosscoder, group: int) -> Float[Tensor, "latents"]:
-    weights, widths = crosscoder.weights[group], crosscoder.group_write_widths(group)
-    return torch.stack([part.norm(dim=1) for part in weights.decoder.split(list(widths), dim=1)]).sum(0)
+def _scaled_values(activity: Activity, norms: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """`f_i n_i` and `w_i` where they count: everywhere for dense codes, at the active pairs for sparse ones."""
+    if activity.f is not None:
+        return activity.f * norms, weights
+    latents = activity.code.latents
+    return activity.code.values * norms[latents], weights[latents]

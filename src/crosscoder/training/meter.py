@@ -23,7 +23,7 @@ class Meter:
 
     def add(self, result: StepResult) -> None:
         """Count one step; no value leaves the device."""
-        scalars = [result.loss, result.sparsity, result.auxiliary, result.gradient_norm]
+        scalars = [result.loss, result.sparsity, result.delta, result.auxiliary, result.gradient_norm]
         values = torch.cat([torch.stack(scalars), result.source_errors])
         self._sum = values if self._sum is None else self._sum + values
         self._steps += 1
@@ -39,13 +39,14 @@ class Meter:
             return {}
         means = (self._sum / self._steps).tolist()
         seconds = time.monotonic() - self._since
-        errors = dict(zip(self._keys, means[4:], strict=True))
+        errors = dict(zip(self._keys, means[5:], strict=True))
         metrics = {
             "loss": means[0],
             "reconstruction": sum(errors.values()),
             "sparsity": means[1],
-            "auxiliary": means[2],
-            "gradient_norm": means[3],
+            "delta": means[2],
+            "auxiliary": means[3],
+            "gradient_norm": means[4],
             "fve": 1 - sum(errors.values()) / (float(self._variance) * len(errors)),
             **{f"fve/{key}": 1 - error / float(self._variance) for key, error in errors.items()},
             "l0": self._active / self._rows,

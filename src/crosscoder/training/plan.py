@@ -27,8 +27,9 @@ import torch
 from crosscoder.capture.architectures import architecture_of
 from crosscoder.capture.buffer import bytes_per_row
 from crosscoder.capture.loading import ModelConfig, dtype_of, empty_model
+from crosscoder.groups import GroupLayout
 from crosscoder.kernels.selection import BLOCK_ROWS
-from crosscoder.sources import Source, SourceSet, split_key
+from crosscoder.sources import split_key
 from crosscoder.training.config import RunConfig
 from crosscoder.wiring import Wiring
 
@@ -90,15 +91,16 @@ class _Outline:
 
 def plan(run: RunConfig) -> Plan:
     """The plan of a run; raises as the run itself would for models, sites and settings that cannot be."""
-    keys = [split_key(key) for key in run.sources]
+    keys = [split_key(key) for key in run.harvested_keys]
     outlines = {
         alias: _Outline.of(config, [site for owner, site in keys if owner == alias])
         for alias, config in run.models.items()
     }
-    sources = SourceSet(Source(alias, site, outlines[alias].hidden_size) for alias, site in keys)
+    widths = {key: outlines[split_key(key)[0]].hidden_size for key in run.harvested_keys}
+    sources = run.source_set(widths)
     wiring = run.wiring.build(sources)
     storage = reduce(torch.promote_types, (outline.dtype for outline in outlines.values()))
-    row = bytes_per_row(sources.width, storage)
+    row = bytes_per_row(sources.underlying.width, storage)
     parameters = num_parameters(wiring)
     rows_per_fill = run.rows_per_fill(row)
     memory = {
@@ -128,11 +130,12 @@ def _gigabytes(size: int) -> str:
 
 def num_parameters(wiring: Wiring) -> int:
     """Encoder and decoder where a group reads and writes, one bias per latent and per written column."""
-    groups = sum(
-        g.num_latents * (1 + wiring.sources.subset(g.reads).width + wiring.sources.subset(g.writes).width)
-        for g in wiring
-    )
-    return groups + wiring.writes.width
+    return wiring.writes.width + sum(_group_parameters(GroupLayout(group, wiring), wiring) for group in wiring)
+
+
+def _group_parameters(layout: GroupLayout, wiring: Wiring) -> int:
+    reads = wiring.sources.subset(layout.group.reads).width
+    return layout.group.num_latents * (1 + reads + sum(layout.stored_widths)) + sum(layout.skip_widths) * reads
 
 
 def resident_bytes() -> int:

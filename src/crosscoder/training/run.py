@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from crosscoder.activations import Batch
+from crosscoder.activations import ActivationSource, Batch
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.buffer import bytes_per_row
 from crosscoder.capture.corpus import Corpus
+from crosscoder.capture.derived import derived
 from crosscoder.capture.harvest import storage_dtype
 from crosscoder.capture.models import StudiedModel
 from crosscoder.capture.stream import ActivationStream
@@ -30,13 +31,17 @@ from crosscoder.sources import SourceSet, split_key
 from crosscoder.training import checkpoint, normaliser
 from crosscoder.training.config import RunConfig
 from crosscoder.training.directory import RunDirectory
+from crosscoder.training.firing_fraction import set_firing_fraction
 from crosscoder.training.hooks import Checkpointer, Recorder, StopRequest
 from crosscoder.training.meter import Meter
 from crosscoder.training.sinks import JsonlSink, RunStart, Sink, SinkGroup
 from crosscoder.training.trainer import Trainer
+from crosscoder.training.warm_start import warm_start
 
 log = logging.getLogger(__name__)
 VALIDATION_ROWS = 16_384
+START_ROWS = 32_768
+"""Training rows that data-driven biases are set on."""
 
 
 @dataclass(frozen=True)
@@ -64,22 +69,24 @@ class Study:
         for done, (alias, config) in enumerate(run.models.items(), start=1):
             models[alias] = StudiedModel.load(alias, config)
             progress("loading models", done, len(run.models))
-        sources = SourceSet(models[alias].source(site) for alias, site in map(split_key, run.sources))
+        sites = {key: split_key(key) for key in run.harvested_keys}
+        sources = run.source_set({key: models[alias].width(site) for key, (alias, site) in sites.items()})
         resolved = run.resolved(widths=sources.widths)
         return cls(resolved, models, sources, Corpus(run.text, models[run.text.tokenizer].tokenizer, seed=run.seed))
 
-    def stream(self, text: Corpus | AnalysisSet, *, progress: Progress = silent) -> ActivationStream:
+    def stream(self, text: Corpus | AnalysisSet, *, progress: Progress = silent) -> ActivationSource:
         """Activations of the run's sources over its training text, or over a fixed set of contexts."""
-        row = bytes_per_row(self.sources.width, storage_dtype(self.models))
-        return ActivationStream(
+        row = bytes_per_row(self.sources.underlying.width, storage_dtype(self.models))
+        stream = ActivationStream(
             self.models,
-            self.sources,
+            self.sources.underlying,
             text,
             buffer_bytes=row * self.run.rows_per_fill(row),
             passes=self.run.activations.passes,
             seed=self.run.seed,
             progress=progress,
         )
+        return derived(stream, self.sources)
 
     def new_crosscoder(self) -> Crosscoder:
         """The untrained crosscoder of the run."""
@@ -131,7 +138,7 @@ def train(
 
 
 def _loop(
-    trainer: Trainer, stream: ActivationStream, recorder: Recorder, directory: RunDirectory, *, start: RunStart
+    trainer: Trainer, stream: ActivationSource, recorder: Recorder, directory: RunDirectory, *, start: RunStart
 ) -> None:
     """Train to the end, or to the step at which someone asks to stop."""
     stop = StopRequest()
@@ -144,7 +151,7 @@ def _loop(
 
 
 def _trainer(
-    study: Study, stream: ActivationStream, directory: RunDirectory, *, device: str, progress: Progress
+    study: Study, stream: ActivationSource, directory: RunDirectory, *, device: str, progress: Progress
 ) -> Trainer:
     """A trainer at the newest checkpoint, or at the start with the normaliser fitted."""
     run, crosscoder = study.run, study.new_crosscoder()
@@ -155,15 +162,29 @@ def _trainer(
         fitted = normaliser.fit(study.sources, _take(stream, rows, batch_size=run.train.batch_size, progress=progress))
         stream.load_state_dict(start)
         crosscoder.set_normaliser(fitted.mean.float(), fitted.scale.float())
-    trainer = Trainer(crosscoder.to(device), run.train, sparsity=run.sparsity, losses=run.losses)
+        _start_weights(study, crosscoder, stream)
+        stream.load_state_dict(start)
+    trainer = Trainer(crosscoder.to(device), run.train, sparsity=run.sparsity, losses=run.losses, seed=run.seed)
     if latest is not None:
         stream.load_state_dict(checkpoint.restore(trainer, latest))
         log.info("continuing %s from step %d.", directory.path, latest.step)
     return trainer
 
 
+def _start_weights(study: Study, crosscoder: Crosscoder, stream: ActivationSource) -> None:
+    """Initial weights beyond random directions, where the run asks for them; needs the normaliser."""
+    init = study.run.init
+    if init.warm_start is not None:
+        dictionaries = {key: Crosscoder.load(path) for key, path in init.warm_start.dictionaries.items()}
+        made = warm_start(crosscoder, dictionaries, similarity=init.warm_start.similarity)
+        log.info("%s", made)
+    if init.firing_fraction is not None:
+        rows = torch.cat([batch.x for batch in _first_rows(stream.batches(START_ROWS // 8), START_ROWS)])
+        set_firing_fraction(crosscoder, rows, init.firing_fraction)
+
+
 def _take(
-    stream: ActivationStream, num_rows: int, *, batch_size: int, progress: Progress
+    stream: ActivationSource, num_rows: int, *, batch_size: int, progress: Progress
 ) -> Iterator[Float[Tensor, "rows width"]]:
     """The first rows of the training stream."""
     for taken, batch in enumerate(stream.batches(batch_size), start=1):

@@ -1,10 +1,12 @@
 """The trainer: one update on packed raw activations, and the loop around it.
 
-    L = Σ_{s written} ‖x̃_s − x̂̃_s‖² + λ(t) · sparsity + α · AuxK          (mean over rows; see losses.py)
+    L = Σ_{s written} ‖x̃_s − x̂̃_s‖² + λ(t) · sparsity + δ · delta + α · AuxK          (mean over rows; see losses.py)
 
 Adam (β = 0.9, 0.999) on the gradient clipped to a norm. After each update the gate follows the decoder norms, the
 threshold follows the batch's lowest kept score (moving average over about ten batches), and the dead are counted.
-Nothing here draws random numbers: weights and stream decide every step, so a resumed run repeats the one it resumes.
+Source dropout hides a source from the encoder in some rows (sets `x̃_s := 0`, its mean) and reconstructs it all the same
+(functional multi-site crosscoders, 2026). Which rows is a function of (seed, step), and nothing else here is random:
+weights and stream decide every step, so a resumed run repeats the one it resumes.
 """
 
 from __future__ import annotations
@@ -16,14 +18,16 @@ from typing import NoReturn, Protocol
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from xxhash import xxh3_64_intdigest
 
 from crosscoder.activations import ActivationSource, Batch
+from crosscoder.calibration import follow
 from crosscoder.codes import SparseCode
-from crosscoder.crosscoder import Crosscoder
+from crosscoder.crosscoder import Activity, Crosscoder
 from crosscoder.errors import ConfigError, NonFiniteActivations, SourceMismatch, TrainingDiverged
 from crosscoder.nonlinearities import BatchTopK, active_per_row
 from crosscoder.training import losses, schedules
-from crosscoder.training.config import L1Sparsity, LossesConfig, NoSparsity, TrainConfig
+from crosscoder.training.config import L1Sparsity, LossesConfig, NoSparsity, TanhSparsity, TrainConfig
 from crosscoder.training.dead import DeadLatents
 
 THRESHOLD_MEMORY = 0.9
@@ -39,6 +43,7 @@ class StepResult:
     loss: Float[Tensor, ""]
     source_errors: Float[Tensor, "sources"]
     sparsity: Float[Tensor, ""]
+    delta: Float[Tensor, ""]
     auxiliary: Float[Tensor, ""]
     gradient_norm: Float[Tensor, ""]
     code: SparseCode
@@ -60,15 +65,18 @@ class Trainer:
         crosscoder: Crosscoder,
         config: TrainConfig,
         *,
-        sparsity: NoSparsity | L1Sparsity | None = None,
+        sparsity: NoSparsity | L1Sparsity | TanhSparsity | None = None,
         losses: LossesConfig | None = None,
+        seed: int = 0,
     ) -> None:
         if crosscoder.folded_normaliser:
             raise ConfigError("a folded crosscoder is for inference.", hint="Train the one it was folded from.")
         self.crosscoder = crosscoder
         self.config = config.resolved(k=active_per_row(crosscoder.nonlinearity))
         self.sparsity = sparsity or NoSparsity()
-        self.aux = (losses or LossesConfig()).aux
+        self.losses = losses or LossesConfig()
+        self.aux = self.losses.aux
+        self.seed = seed
         self.optimiser = torch.optim.Adam(crosscoder.parameters(), lr=config.learning_rate, fused=True)
         self.step_number = 0
         after = self.aux.dead_after_tokens or min(10_000_000, max(1, config.num_tokens // 20))
@@ -123,21 +131,22 @@ class Trainer:
         self.crosscoder.train()
         normalised = self.crosscoder.normalise(x.to(self.crosscoder.bias.device, self.crosscoder.bias.dtype))
         reads, writes = (normalised.index_select(1, self._columns[side]) for side in ("reads", "writes"))
-        code = self.crosscoder.encode_normalised(reads, k=self.k)
-        error = writes - self.crosscoder.decode_normalised(code)
-        errors, sparsity, auxiliary = self._terms(code, reads, error)
-        total = errors.sum() + sparsity + auxiliary
+        activity = self.crosscoder.activity(self._masked(reads), k=self.k)
+        error = writes - self._reconstructed(activity, reads)
+        errors, sparsity, delta, auxiliary = self._terms(activity, reads, error)
+        total = errors.sum() + sparsity + delta + auxiliary
         total.backward()
         gradient_norm = self._update(total.detach())
-        self._follow(code)
+        self._follow(activity.code)
         self.step_number += 1
-        return StepResult(
-            total.detach(), errors.detach(), sparsity.detach(), auxiliary.detach(), gradient_norm, code.detach()
+        total, errors, sparsity, delta, auxiliary = (
+            term.detach() for term in (total, errors, sparsity, delta, auxiliary)
         )
+        return StepResult(total, errors, sparsity, delta, auxiliary, gradient_norm, activity.code.detach())
 
     def check(self, result: StepResult) -> None:
-        """Raises TrainingDiverged when the loss is ten times that of predicting zero and of the first step seen."""
-        loss = float(result.loss)
+        """Raises TrainingDiverged when the error is ten times that of predicting zero and of the first step seen."""
+        loss = float(result.source_errors.sum())
         self._first_loss = loss if self._first_loss is None else self._first_loss
         zero = len(self.crosscoder.writes) * self.crosscoder.sources.width / len(self.crosscoder.sources)
         if loss > 10 * max(zero, self._first_loss):
@@ -175,18 +184,37 @@ class Trainer:
                 )
             yield batch
 
-    def _terms(self, code: SparseCode, reads: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        zero = error.new_zeros(())
-        penalty = self.sparsity_coefficient
-        sparsity = penalty * losses.l1_of_norms(code, self.crosscoder) if penalty else zero
+    def _masked(self, reads: Tensor) -> Tensor:
+        """The reads with some sources hidden in some rows, where the run asks for it."""
+        chance = self.losses.source_dropout
+        if not chance:
+            return reads
+        widths = torch.tensor(self.crosscoder.reads.widths)
+        key = xxh3_64_intdigest(f"dropout/{self.seed}/{self.step_number}".encode())
+        generator = torch.Generator().manual_seed(key >> 1)
+        kept = torch.rand(len(reads), len(widths), generator=generator) >= chance
+        return reads * kept.repeat_interleave(widths, dim=1).to(reads)
+
+    def _reconstructed(self, activity: Activity, reads: Tensor) -> Tensor:
+        code = activity.code if activity.f is None else activity.f
+        return self.crosscoder.decode_normalised(code, reads)
+
+    def _terms(self, activity: Activity, reads: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Errors of the sources, sparsity, delta, auxiliary: each with its coefficient."""
+        sparsity = delta = auxiliary = error.new_zeros(())
+        crosscoder, coefficient = self.crosscoder, self.sparsity_coefficient
+        if not isinstance(self.sparsity, NoSparsity):
+            sparsity = losses.sparsity(activity, crosscoder, self.sparsity, coefficient=coefficient)
+        if self.losses.delta is not None:
+            d = self.losses.delta
+            delta = d.coefficient * losses.delta(error, crosscoder, a=d.a, b=d.b)
         dead = self.dead.taking_turns(self.step_number, at_most=AUX_CANDIDATES) if self.aux.coefficient else None
-        auxiliary = zero
         rows = slice(self.step_number % AUX_ROWS, None, AUX_ROWS)
         if dead is not None and dead.numel() and len(error[rows]):
-            k_aux = self.aux.max_latents or max(1, error.shape[1] // len(self.crosscoder.writes) // 2)
-            raw = losses.auxiliary(self.crosscoder, reads[rows], error[rows], dead=dead, k_aux=k_aux)
+            k_aux = self.aux.max_latents or max(1, error.shape[1] // len(crosscoder.writes) // 2)
+            raw = losses.auxiliary(crosscoder, reads[rows], error[rows], dead=dead, k_aux=k_aux)
             auxiliary = self.aux.coefficient * raw
-        return losses.source_errors(error, self.crosscoder.writes.widths), sparsity, auxiliary
+        return losses.source_errors(error, crosscoder.writes.widths), sparsity, delta, auxiliary
 
     def _update(self, loss: Tensor) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.crosscoder.parameters(), self.config.gradient_clip, foreach=True)
@@ -196,19 +224,15 @@ class Trainer:
             group["lr"] = self.learning_rate
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        self.crosscoder.refresh_gate()
+        self.crosscoder.settle()
         return norm
 
     @torch.no_grad()
     def _follow(self, code: SparseCode) -> None:
         """Let dead counts and the inference threshold follow what this batch kept."""
         self.dead.update(code)
-        if not isinstance(self.crosscoder.nonlinearity, BatchTopK) or not code.num_active:
-            return
-        lowest = (code.values * self.crosscoder.gate[code.latents]).min()
-        for weights in self.crosscoder.weights:
-            old = torch.where(weights.threshold.isnan(), lowest, weights.threshold)
-            weights.threshold.copy_(THRESHOLD_MEMORY * old + (1 - THRESHOLD_MEMORY) * lowest)
+        if isinstance(self.crosscoder.nonlinearity, BatchTopK):
+            follow(self.crosscoder, code, memory=THRESHOLD_MEMORY)
 
 
 def _broken(crosscoder: Crosscoder, x: Tensor) -> list[str]:

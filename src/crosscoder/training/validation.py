@@ -46,8 +46,9 @@ class ReconstructionStatistics:
         """Encode and decode raw rows packed over `crosscoder.sources`, add them to the sums, and give their code."""
         x = x.to(self.crosscoder.mean)
         target = x[:, self._writes]
-        code = self.crosscoder.encode(x[:, self._reads])
-        error = (target - self.crosscoder.decode(code)) * self._scale
+        reads = x[:, self._reads]
+        code = self.crosscoder.encode(reads)
+        error = (target - self.crosscoder.decode(code, reads)) * self._scale
         self.add((target - self.crosscoder.mean[self._writes]) * self._scale, error=error, code=code)
         return code
 

@@ -1,0 +1,96 @@
+"""The inference threshold of BatchTopK: from held rows, from the batches of training, or as thresholds of JumpReLU.
+
+Each budget of latents (groups that share a k) has its threshold τ on the score `p_i · g_i`; at inference `score > τ`.
+Since `p_i · g_i > τ  ⇔  p_i > τ / g_i`, a calibrated BatchTopK crosscoder is a JumpReLU one with `θ_i = τ / g_i`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from crosscoder.codes import SparseCode
+from crosscoder.errors import ConfigError, TextError
+from crosscoder.nonlinearities import BatchTopK, Budget, JumpReLU
+
+if TYPE_CHECKING:
+    from crosscoder.crosscoder import Crosscoder
+
+
+@torch.no_grad()
+def calibrate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ reads"]]) -> None:
+    """Set each threshold to the score that `k` latents per row exceed on average over `batches` (raw packed reads).
+
+    Of each batch the 2k largest scores per row are held, which suffices unless batches differ wildly in density.
+    """
+    kind = crosscoder.nonlinearity
+    if not isinstance(kind, BatchTopK):
+        return
+    was_training, rows = crosscoder.training, 0
+    scores: list[list[Tensor]] = [[] for _ in crosscoder.budgets]
+    crosscoder.train()
+    try:
+        for x in batches:
+            code = crosscoder.encode_normalised(crosscoder.normalise_reads(x), k=2 * kind.k)
+            for held, budget in zip(scores, crosscoder.budgets, strict=True):
+                held.append(budget_scores(crosscoder, code, budget))
+            rows += code.num_rows
+    finally:
+        crosscoder.train(was_training)
+    if not rows:
+        raise TextError("expected rows to calibrate on; got none.", hint="Give some training rows.")
+    for held, budget in zip(scores, crosscoder.budgets, strict=True):
+        _set_threshold(crosscoder, budget, _cut(torch.cat(held), budget.k * rows))
+
+
+@torch.no_grad()
+def follow(crosscoder: Crosscoder, code: SparseCode, *, memory: float) -> None:
+    """Move each threshold towards the lowest score that a training batch kept: `τ ← memory τ + (1 − memory) lowest`."""
+    for budget in crosscoder.budgets:
+        scores = budget_scores(crosscoder, code, budget)
+        if scores.numel():
+            lowest, old = scores.min(), crosscoder.weights[budget.groups[0]].threshold
+            old = torch.where(old.isnan(), lowest, old)
+            _set_threshold(crosscoder, budget, memory * old + (1 - memory) * lowest)
+
+
+@torch.no_grad()
+def as_jumprelu(crosscoder: Crosscoder, *, bandwidth: float) -> Crosscoder:
+    """The same codes in eval mode, with a threshold for every latent on its own; raises NotCalibrated without one."""
+    if not isinstance(crosscoder.nonlinearity, BatchTopK):
+        raise ConfigError(f"only BatchTopK has thresholds to convert; this is {crosscoder.nonlinearity.kind}.")
+    thresholds = crosscoder.thresholds / crosscoder.gate
+    made = deepcopy(crosscoder)
+    made.nonlinearity, made.budgets = JumpReLU(bandwidth=bandwidth), []
+    made.wiring = crosscoder.wiring.without_k()
+    for weights, part in zip(made.weights, thresholds.split([len(w.gate) for w in made.weights]), strict=True):
+        weights.log_threshold = nn.Parameter(part.log().to(weights.encoder))
+        weights.threshold.fill_(float("nan"))
+    return made.eval()
+
+
+def budget_scores(crosscoder: Crosscoder, code: SparseCode, budget: Budget) -> Float[Tensor, "pairs"]:
+    """The scores of a code's active pairs that belong to the budget's groups."""
+    scores = code.values * crosscoder.gate[code.latents]
+    if len(budget.groups) == len(crosscoder.weights):
+        return scores
+    ranges = [crosscoder.wiring.latent_ranges[i] for i in budget.groups]
+    inside = torch.stack([(code.latents >= first) & (code.latents < last) for first, last in ranges])
+    return scores[inside.any(0)]
+
+
+def _cut(scores: Float[Tensor, "pairs"], count: int) -> Tensor:
+    """Between the `count` largest scores and the rest; 0 where there are no more."""
+    if scores.numel() <= count:
+        return scores.new_zeros(())
+    return scores.sort(descending=True).values[count - 1 : count + 1].mean()
+
+
+def _set_threshold(crosscoder: Crosscoder, budget: Budget, threshold: Tensor) -> None:
+    for i in budget.groups:
+        crosscoder.weights[i].threshold.copy_(threshold)
