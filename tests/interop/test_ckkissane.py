@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,10 +55,8 @@ def test_unknown_scales_are_asked_for(files: Path) -> None:
 def test_published_weights_have_known_scales_and_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (name,) = PUBLISHED
     commit = tmp_path / "c0ffee"
-    foreign.kissane_files(
-        commit / "blocks.14.hook_resid_pre", foreign.kissane(), foreign.kissane_settings(), hub=True
-    )
-    asked: dict[str, object] = {}
+    foreign.kissane_files(commit / "blocks.14.hook_resid_pre", foreign.kissane(), foreign.kissane_settings(), hub=True)
+    asked: dict[str, Any] = {}
 
     def download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         asked.update(repository=repository, revision=revision, patterns=allow_patterns)
@@ -112,7 +111,7 @@ def test_many_layers_of_one_model_are_named_by_sites(tmp_path: Path) -> None:
     sites = [f"layers.{layer}.resid_pre" for layer in range(3)]
     cc = convert(path, sites=sites, scales=[0.5, 0.4, 0.3]).crosscoder.double()
     assert cc.sources.keys == ("base/embed", "base/layers.0.resid_post", "base/layers.1.resid_post")
-    f, y = foreign.kissane_codes(tensors, x, torch.tensor([0.5, 0.4, 0.3]))
+    _, y = foreign.kissane_codes(tensors, x, torch.tensor([0.5, 0.4, 0.3]))
     torch.testing.assert_close(cc(x.flatten(1)), y.flatten(1), rtol=1e-6, atol=1e-6)
 
 

@@ -27,6 +27,22 @@ Trained = Annotated[str, typer.Argument(metavar="RUN", help="A run, a crosscoder
 Out = Annotated[Path | None, typer.Option(help="Where results go; needed where RUN is not a run directory.")]
 
 
+class Read(StrEnum):
+    """Layouts that `convert` reads."""
+
+    auto = "auto"
+    ckkissane = "ckkissane"
+    dictionary_learning = "dictionary_learning"
+
+
+class Written(StrEnum):
+    """Layouts that `convert` writes."""
+
+    crosscoder = "crosscoder"
+    ckkissane = "ckkissane"
+    dictionary_learning = "dictionary_learning"
+
+
 class Tracker(StrEnum):
     """Trackers that `--track` knows."""
 
@@ -115,6 +131,29 @@ def diff(
         from crosscoder.cli.diff import run as body
 
         body(run, Question(a, b, labels, baseline, cutoffs), out=out, as_json=as_json)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A file, a directory, or a Hub id owner/name.")],
+    out: Annotated[Path, typer.Option(help="The directory to write.")],
+    layout: Annotated[Read, typer.Option("--from", help="Whose layout SOURCE has.")] = Read.auto,
+    to: Annotated[Written, typer.Option("--to", help="Whose layout to write.")] = Written.crosscoder,
+    models: Annotated[
+        str | None, typer.Option(help="The file's models in its order: base=google/gemma-2-2b,chat=..., or base,chat.")
+    ] = None,
+    site: Annotated[str | None, typer.Option(help="Where in them: layers.13.resid_post; several with commas.")] = None,
+    scales: Annotated[
+        str | None, typer.Option(help="What activations were multiplied by, where no file says: base=0.28,chat=0.24.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a crosscoder of another tool into one of ours, or one of ours into another tool's; says what it assumed."""
+    with one_screen("Nothing was half-written; run the command again."):
+        from crosscoder.cli.convert import Names
+        from crosscoder.cli.convert import run as body
+
+        body(source, Names(models, site, scales), out=out, layout=layout.value, to=to.value, as_json=as_json)
 
 
 @app.command()

@@ -4,6 +4,7 @@
 """
 
 from crosscoder.interop.conversion import Conversion, convert
-from crosscoder.interop.layouts import LAYOUTS
+from crosscoder.interop.export import Export, export
+from crosscoder.interop.layouts import LAYOUTS, Layout
 
-__all__ = ["LAYOUTS", "Conversion", "convert"]
+__all__ = ["LAYOUTS", "Conversion", "Export", "Layout", "convert", "export"]

@@ -44,7 +44,7 @@ def read(
     tensors = _plain_names(tensors, origin)
     _check(tensors, origin=origin)
     _refuse_processor(settings, origin=origin)
-    num_sources, latents, _ = tensors["decoder.weight"].shape
+    num_sources = tensors["decoder.weight"].shape[0]
     _compare_sizes(tensors, settings, remarks)
     own = normaliser.read(tensors, settings, origin=origin, remarks=remarks)
     stored = tensors["decoder.weight"].float()
@@ -148,7 +148,7 @@ def _code_norm(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], remar
                 f"the settings say code_normalization = {said}, the tensor code_normalization_id {found}: tensor taken"
             )
         return found
-    if said in CODE_NORMS.values():
+    if said is not None and said in CODE_NORMS.values():
         remarks.assumed.append(f"code normalisation {said}, from the settings: the file is of before it was a tensor")
         return said
     remarks.assumed.append("code normalisation CROSSCODER: the file is of before there was a choice")

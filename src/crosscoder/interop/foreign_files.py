@@ -19,6 +19,7 @@ from crosscoder.errors import FileFormatError
 
 WANTED = ("config.json", "trainer_config.json", "model.safetensors", "cfg.json", "cc_weights.pt")
 _PICKLES = (".pt", ".pth", ".bin")
+_REFUSED = re.compile(r"unsupported (?:global|operand|class|type):? (?:GLOBAL )?(?P<name>\S+)", re.IGNORECASE)
 _HUB = re.compile(r"^(?P<repository>[\w.-]+/[\w.-]+)(?P<folder>(/[\w.-]+)*)$")
 
 
@@ -113,12 +114,11 @@ def _unpickled(path: Path) -> dict[str, Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> FileFormatError:
-    told = str(error).strip()
-    refused = re.search(r"Unsupported (?:global|operand|class|type)[^.\n]*", told)
-    if refused or "weights_only" in told:
+    refused = _REFUSED.search(str(error))
+    if refused:
         return FileFormatError(
             f"{path} holds more than tensors, and loading it would run its code: refused.",
-            details=[refused[0][:200]] if refused else [],
+            details=[f"found  {refused['name'][:200]}"],
             hint="Save model.state_dict() where you trust the file, and convert that.",
         )
     return FileFormatError(

@@ -70,6 +70,7 @@ def build(weights: ForeignWeights, sources: SourceSet) -> Crosscoder:
         own.gate.copy_(weights.gate)
         own.threshold.copy_(weights.threshold)
     if isinstance(weights.nonlinearity, JumpReLU):
+        assert own.log_threshold is not None, "JumpReLU has a threshold per latent"
         own.log_threshold.copy_(weights.threshold.log())
     return cc.eval()
 
