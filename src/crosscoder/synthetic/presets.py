@@ -35,18 +35,18 @@ FEB25_COUNTS = {"overcomplete": (300, 75), "tight": (500, 100)}
 """Shared concepts, and exclusive ones per model; the paper trains 4,096 latents on the one and 1,024 on the other."""
 
 
-def feb25_toy(kind: Literal["overcomplete", "tight"], *, width: int = 128, degrees: float = 0.0) -> WorldConfig:
+def feb25_toy(kind: Literal["overcomplete", "tight"], *, width: int = 64, degrees: float = 0.0) -> WorldConfig:
     """300 shared + 75 exclusive concepts per model (450 in all), or 500 + 100 (700 in all); same directions, or turned.
 
-    Open in the paper and chosen here: the width; frequencies, log-uniform from 0.5 to 5 % for both kinds; values from
-    0.5 to 1.5; noise 0.01. About 7 (12) concepts fire on a row of one model.
+    Open in the paper and chosen here: the width; frequencies, log-uniform from 0.2 to 2 % for both kinds; values from
+    0.5 to 1.5; noise 0.01. About 3 (5) concepts fire on a row of one model.
     """
     shared, exclusive = FEB25_COUNTS[kind]
     view: View = Turned(degrees=degrees) if degrees else Same()
     return _pair(
         shared,
         exclusive,
-        frequency=LogUniform(low=0.005, high=0.05),
+        frequency=LogUniform(low=0.002, high=0.02),
         magnitude=Uniform(low=0.5, high=1.5),
         widths=(width, width),
         view=view,
