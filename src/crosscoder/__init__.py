@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from crosscoder import analysis, capture, errors, synthetic, wiring
+    from crosscoder import analysis, capture, errors, interop, synthetic, wiring
     from crosscoder.activations import ActivationSource, Batch, Rows
     from crosscoder.codes import SparseCode
     from crosscoder.crosscoder import Crosscoder
@@ -42,6 +42,7 @@ __all__ = [
     "analysis",
     "capture",
     "errors",
+    "interop",
     "synthetic",
     "train",
     "wiring",
@@ -67,7 +68,7 @@ _HOMES = {
     "Wiring": "wiring",
     "train": "training.run",
 }
-_ROOMS = ("analysis", "capture", "errors", "synthetic", "wiring")
+_ROOMS = ("analysis", "capture", "errors", "interop", "synthetic", "wiring")
 
 
 def __getattr__(name: str) -> object:

@@ -137,6 +137,7 @@ def test_latents_without_a_decoder_never_fire_under_mixed(tmp_path: Path) -> Non
         cc = converted(tmp_path / str(threshold), made).crosscoder
         assert_same(cc, made, foreign.rows())
         assert not (cc.double().encode(foreign.rows().flatten(1)).latents == 5).any()
+        assert cc.weights[0].log_threshold[5] == torch.inf
 
 
 def test_nan_statistics_mean_that_there_is_no_normaliser(tmp_path: Path) -> None:
@@ -197,6 +198,7 @@ def test_the_tools_epsilon_counts_where_scales_are_tiny(tmp_path: Path) -> None:
     assert any("1e-8" in line for line in done.warnings)
     f, y = made.codes(x)
     cc = done.crosscoder.double()
+    torch.testing.assert_close(cc.gate, made.code_norm(), rtol=1e-6, atol=0)  # selection does not know of it
     found = cc(x.flatten(1)).view_as(y)
     torch.testing.assert_close(found * tiny[:, None], y * tiny[:, None], rtol=1e-5, atol=1e-5)
     without = torch.einsum("bn,nd->bd", f, made.tensors["decoder.weight"][0].double())

@@ -86,6 +86,16 @@ def test_statistics_give_the_scale_by_the_tools_own_formula(tmp_path: Path) -> N
     torch.testing.assert_close(scale, tensors["activation_global_scale"])
 
 
+def test_the_tools_epsilon_is_made_up_for(tmp_path: Path) -> None:
+    cc = made(ReLU())
+    tiny = torch.tensor([2e-6, 1.0])
+    cc.set_normaliser(torch.zeros(2 * D), tiny)
+    x = foreign.rows() / tiny.double()[:, None]
+    _, y = as_learned(export(cc, tmp_path / "out", layout="dictionary_learning").path).codes(x)
+    mine = cc.double()(x.flatten(1)).view_as(y)
+    torch.testing.assert_close(mine * tiny[:, None], y * tiny[:, None], rtol=1e-5, atol=1e-5)
+
+
 def test_ckkissane_computes_the_same_with_the_mean_in_the_biases(tmp_path: Path) -> None:
     cc, x = made(ReLU()), foreign.rows()
     done = export(cc, tmp_path / "out", layout="ckkissane")
