@@ -105,7 +105,11 @@ def _promoted(
     promoted: dict[str, dict[int, list[str]]] = {}
     without_lens: dict[str, str] = {}
     for key in (classes.a, classes.b) if latents else ():
-        model = run.models[run.crosscoder.writes[key].model]
+        source = run.crosscoder.writes[key]
+        if source.difference is not None:
+            without_lens[key] = f"{key} is a difference of two models, which no head reads"
+            continue
+        model = run.models[source.model]
         try:
             promoted[key] = logit_lens(run.crosscoder, model, source=key, latents=latents).pieces(model.tokenizer)
         except UnsupportedSite as error:
@@ -122,10 +126,20 @@ def _facts(run: OpenedRun, classes: LatentClasses) -> dict[str, str]:
     facts = {f"{side}: model {alias}": _model(models.get(alias, {})) for side, alias in sides.items()}
     return facts | {
         "crosscoder": f"{cc.num_latents:,} latents, {cc.nonlinearity!r}, {len(cc.writes)} sources",
+        "initial weights": _initial_weights(cc.provenance),
         "analysis set": f"{text.num_tokens:,} held-out tokens in {text.num_contexts:,} contexts "
         f"of {len(text.documents):,} documents; hash {text.hash[:12]}",
         "run": run.out.resolve().name,
     }
+
+
+def _initial_weights(provenance: Mapping[str, Any]) -> str:
+    """What decides, before any training, whether latents start out shared."""
+    init = provenance.get("run", {}).get("init")
+    if not init:
+        return "not recorded"
+    start = "autoencoders of single sources" if init.get("warm_start") else "random directions"
+    return f"{start}, {init['across_sources']} across sources, decoder norm {init['decoder_norm']}"
 
 
 def _model(identity: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from crosscoder import analysis
 from crosscoder.demo.files import books_path, dialogues_path, labels_path, model_path
 from crosscoder.progress import Progress, silent
-from crosscoder.training.config import RunConfig, SaeConfig
+from crosscoder.training.config import AcausalConfig, RunConfig, SaeConfig
 from crosscoder.training.run import train
 from crosscoder.training.sinks import Sink
 
@@ -41,6 +41,7 @@ def run_config(out: Path) -> RunConfig:
 
 def baseline_config(run: RunConfig, out: Path) -> RunConfig:
     """The same run on the source of `base` alone, as a sparse autoencoder."""
+    assert isinstance(run.wiring, AcausalConfig), "as the demo's run file says"
     changes = {
         "sources": run.sources[:1],
         "wiring": SaeConfig(num_latents=run.wiring.num_latents),

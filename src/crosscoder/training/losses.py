@@ -29,7 +29,7 @@ from crosscoder.codes import SparseCode
 from crosscoder.crosscoder import Activity, Crosscoder
 from crosscoder.errors import SourceMismatch
 from crosscoder.groups import assemble
-from crosscoder.nonlinearities import CodeNorm
+from crosscoder.nonlinearities import CodeNorm, JumpReLU
 from crosscoder.training.config import L1Sparsity, TanhSparsity
 
 
@@ -48,7 +48,7 @@ def sparsity(
     if isinstance(config, L1Sparsity):
         return coefficient * (scaled * weights).sum() / num_rows
     penalty = coefficient * (torch.tanh(config.scale * scaled) * weights).sum() / num_rows
-    if activity.pre is None or not config.preactivation:
+    if activity.pre is None or not isinstance(crosscoder.nonlinearity, JumpReLU):
         return penalty
     below = torch.relu(crosscoder.thresholds - activity.pre)
     return penalty + config.preactivation * (below * norms).sum() / num_rows

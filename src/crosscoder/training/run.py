@@ -175,7 +175,10 @@ def _start_weights(study: Study, crosscoder: Crosscoder, stream: ActivationSourc
     """Initial weights beyond random directions, where the run asks for them; needs the normaliser."""
     init = study.run.init
     if init.warm_start is not None:
-        dictionaries = {key: Crosscoder.load(path) for key, path in init.warm_start.dictionaries.items()}
+        found = {key: RunDirectory(Path(path)) for key, path in init.warm_start.dictionaries.items()}
+        dictionaries = {
+            key: Crosscoder.load(run.crosscoder if run.finished else run.path) for key, run in found.items()
+        }
         made = warm_start(crosscoder, dictionaries, similarity=init.warm_start.similarity)
         log.info("%s", made)
     if init.firing_fraction is not None:
