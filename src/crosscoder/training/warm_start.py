@@ -112,7 +112,7 @@ def warm_start(
     bias: Tensor = crosscoder.bias
     for key, dictionary in found.items():
         bias[crosscoder.writes.slices[key]] = dictionary.source_bias
-    crosscoder.refresh_gate()
+    crosscoder.settle()
     result = WarmStart(tuple(keys), origin, tuple(dictionary.num_latents for dictionary in found.values()))
     if any(result.left_out):
         log.warning("warm start: no room for %s latents of the dictionaries.", f"{sum(result.left_out):,}")
