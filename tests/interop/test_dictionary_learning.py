@@ -137,7 +137,7 @@ def test_latents_without_a_decoder_never_fire_under_mixed(tmp_path: Path) -> Non
         cc = converted(tmp_path / str(threshold), made).crosscoder
         assert_same(cc, made, foreign.rows())
         assert not (cc.double().encode(foreign.rows().flatten(1)).latents == 5).any()
-        assert cc.weights[0].log_threshold[5] == torch.inf
+        assert cc.state_dict()["groups.0.log_threshold"][5] == torch.inf
 
 
 def test_nan_statistics_mean_that_there_is_no_normaliser(tmp_path: Path) -> None:

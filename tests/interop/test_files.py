@@ -114,9 +114,10 @@ def test_an_empty_directory_says_what_it_looked_for(tmp_path: Path) -> None:
 
 
 def test_our_own_directories_are_not_foreign(tmp_path: Path) -> None:
-    Crosscoder(sae(Source("base", "embed", 4), num_latents=8), TopK(2)).save(tmp_path / "own")
-    with pytest.raises(FileFormatError, match="of this package already"):
-        convert(tmp_path / "own")
+    Crosscoder(sae(Source("base", "embed", 4), num_latents=8), TopK(2)).save(tmp_path / "run" / "crosscoder")
+    for path in (tmp_path / "run", tmp_path / "run" / "crosscoder"):
+        with pytest.raises(FileFormatError, match="of this package already"):
+            convert(path)
 
 
 @pytest.mark.parametrize("source", ["nowhere.pt", "./owner/name", "/no/such/file", "owner", "a/../b", "owner/na me"])

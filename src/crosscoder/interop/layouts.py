@@ -72,8 +72,8 @@ def _weights_file(directory: Path) -> Path:
 
 
 def _refuse_own(directory: Path) -> None:
-    own = read_settings(directory / "config.json") or {}
-    if str(own.get("format", "")).startswith("crosscoder."):
+    settings = [read_settings(folder / "config.json") or {} for folder in (directory, directory / "crosscoder")]
+    if any(str(own.get("format", "")).startswith("crosscoder.") for own in settings):
         raise FileFormatError(
             f"{directory} is a crosscoder of this package already.",
             hint="Load it with Crosscoder.load, or convert it to another layout with --to.",
