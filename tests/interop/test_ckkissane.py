@@ -115,6 +115,15 @@ def test_many_layers_of_one_model_are_named_by_sites(tmp_path: Path) -> None:
     torch.testing.assert_close(cc(x.flatten(1)), y.flatten(1), rtol=1e-6, atol=1e-6)
 
 
+def test_a_number_of_sources_that_no_convention_names_is_asked_about(tmp_path: Path) -> None:
+    path = foreign.kissane_files(tmp_path, foreign.kissane(sources=3), None, hub=False)
+    with pytest.raises(ConfigError, match="has 3 sources and does not name them") as caught:
+        convert(path, sites="embed", scales=[1, 1, 1])
+    assert "--models" in str(caught.value)
+    with pytest.raises(SourceMismatch, match="1 models × 1 sites"):
+        convert(path, sites="embed", models="abc", scales=[1, 1, 1])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

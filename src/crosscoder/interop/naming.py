@@ -21,6 +21,8 @@ def name_models(
     models: Mapping[str, str | None] | Sequence[str] | None, *, num_sources: int, num_sites: int, remarks: Remarks
 ) -> ModelPaths:
     """Alias and Hugging Face path of every model, in the order of the file's sources."""
+    if isinstance(models, str):
+        return {models: None}
     if models is not None:
         return dict(models) if isinstance(models, Mapping) else dict.fromkeys(models)
     if num_sources == num_sites:
