@@ -50,10 +50,15 @@ class EqualLoss:
     less: str
 
     def value(self, cells: Cells, seed: int) -> float:
-        """The log ratio of one seed; NaN where the curves do not overlap."""
+        """The mean log ratio of one seed; NaN where the curves do not overlap."""
+        ratios = self.along(cells, seed)
+        return nan if ratios is None else float(ratios.mean())
+
+    def along(self, cells: Cells, seed: int) -> np.ndarray | None:
+        """The log ratio at every level of loss, lowest loss first; None where the curves do not overlap."""
         more, less = (curve(cells, wiring, self.size, seed=seed) for wiring in (self.more, self.less))
         levels = common_levels(more, less)
-        return nan if levels is None else float(np.mean(at_loss(more, levels) - at_loss(less, levels)))
+        return None if levels is None else at_loss(more, levels) - at_loss(less, levels)
 
 
 @dataclass(frozen=True)
@@ -169,13 +174,17 @@ FINDINGS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """One finding decided: the number for every seed, its mean and interval, in the unit of the effect."""
+    """One finding decided: the number for every seed, its mean and interval, in the unit of the effect.
+
+    `ends` are ratios at the highest and the lowest loss that both curves reach, means over seeds; they decide nothing.
+    """
 
     finding: Finding
     per_seed: tuple[float, ...]
     middle: float
     interval: tuple[float, float] | None
     word: Literal["confirmed", "refuted", "inconclusive"]
+    ends: tuple[float, float] | None = None
 
 
 def decide(finding: Finding, cells: Cells, seeds: Sequence[int]) -> Verdict:
@@ -184,13 +193,20 @@ def decide(finding: Finding, cells: Cells, seeds: Sequence[int]) -> Verdict:
     unit: Callable[[float], float] = exp if is_ratio else float
     found = [v for v in (finding.measure.value(cells, seed) for seed in seeds) if isfinite(v)]
     middle = unit(mean(found)) if found else nan
-    shown = tuple(unit(v) for v in found)
+    shown, ends = tuple(unit(v) for v in found), _ends(finding, cells, seeds)
     if len(found) < FEWEST:
-        return Verdict(finding, shown, middle, None, "inconclusive")
+        return Verdict(finding, shown, middle, None, "inconclusive", ends)
     half = T_975[len(found) - 1] * stdev(found) / sqrt(len(found))
     low, high = unit(mean(found) - half), unit(mean(found) + half)
     word = "confirmed" if low > finding.effect else "refuted" if high < finding.effect else "inconclusive"
-    return Verdict(finding, shown, middle, (low, high), word)
+    return Verdict(finding, shown, middle, (low, high), word, ends)
+
+
+def _ends(finding: Finding, cells: Cells, seeds: Sequence[int]) -> tuple[float, float] | None:
+    if not isinstance(finding.measure, EqualLoss):
+        return None
+    found = [ratios for seed in seeds if (ratios := finding.measure.along(cells, seed)) is not None]
+    return (exp(mean(r[-1] for r in found)), exp(mean(r[0] for r in found))) if found else None
 
 
 def curve(cells: Cells, wiring: str, size: Size, *, seed: int) -> list[tuple[float, float]]:

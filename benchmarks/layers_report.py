@@ -17,6 +17,11 @@ from layers_findings import FINDINGS, Cells, MoreVariance, Verdict, decide
 import crosscoder
 from crosscoder.training.json_numbers import json_text
 
+NOTE = (
+    "Ratios at equal held-out loss (reconstruction + L1 of norms at one coefficient), interpolated between sizes; "
+    "`along the curve` from the highest to the lowest loss that both reach. The findings and the rule were registered "
+    "before the runs in `layers_findings.py`. A seed decides the documents, their order and the initial weights."
+)
 COLOURS = {"acausal": "#0b7285", "weakly-causal": "#e67700", "per-layer": "#862e9c"}
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 300, 58, 16, 30, 46
 CELL_COLUMNS = ("sparsity", "wiring", "size", "num_latents", "MFLOP per row", "loss", "FVE", "L0", "dead", "seconds")
@@ -39,7 +44,7 @@ def write_report(cells: Cells, settings: Mapping[str, Any], out: Path, *, seeds:
         **settings,
     }
     lines = [f"# Dictionaries across layers, {date}", "", " · ".join(f"{k} {v}" for k, v in about.items()), ""]
-    lines += ["## Registered findings", "", *verdict_lines(verdicts), ""]
+    lines += ["## Registered findings", "", NOTE, "", *verdict_lines(verdicts), ""]
     lines += [f"![held-out loss against {name}](layers-{name}.svg)\n" for name in plots]
     lines += ["## All cells", "", "Means over seeds; loss and L0 are sums over the layers, on held-out rows.", ""]
     lines += [_row(CELL_COLUMNS), _row(["---"] * len(CELL_COLUMNS)), *cell_lines(cells)]
@@ -52,8 +57,9 @@ def write_report(cells: Cells, settings: Mapping[str, Any], out: Path, *, seeds:
 
 def verdict_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
     """The table of findings."""
-    yield _row(["finding", "published", "counts as confirmed", "found", "95 % interval", "each seed", "verdict"])
-    yield _row(["---"] * 7)
+    head = ("finding", "published", "counts as confirmed", "found", "95 % interval", "each seed", "along the curve")
+    yield _row([*head, "verdict"])
+    yield _row(["---"] * (len(head) + 1))
     for v in verdicts:
         sign = "" if isinstance(v.finding.measure, MoreVariance) else "×"
         digits = 3 if not sign else 2
@@ -66,8 +72,10 @@ def verdict_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
             ", ".join(number(value) for value in v.per_seed)
             or "none: curves that do not overlap, or cells that are missing"
         )
+        along = "" if v.ends is None else f"{number(v.ends[0])} to {number(v.ends[1])}"
         effect = f"more than {number(v.finding.effect)}"
-        yield _row([v.finding.claim, v.finding.published, effect, number(v.middle), interval, each, f"**{v.word}**"])
+        numbers = (effect, number(v.middle), interval, each, along)
+        yield _row([v.finding.claim, v.finding.published, *numbers, f"**{v.word}**"])
 
 
 def cell_lines(cells: Cells) -> Iterator[str]:
