@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from crosscoder.codes import SparseCode
     from crosscoder.crosscoder import Crosscoder
     from crosscoder.errors import CrosscoderError
-    from crosscoder.nonlinearities import BatchTopK, ReLU, TopK
-    from crosscoder.sources import Source, SourceSet
+    from crosscoder.nonlinearities import BatchTopK, JumpReLU, ReLU, TopK
+    from crosscoder.sources import Source, SourceSet, difference
     from crosscoder.training.config import RunConfig, TrainConfig
     from crosscoder.training.run import TrainResult, train
     from crosscoder.training.trainer import Trainer
@@ -27,6 +27,7 @@ __all__ = [
     "BatchTopK",
     "Crosscoder",
     "CrosscoderError",
+    "JumpReLU",
     "LatentGroup",
     "ReLU",
     "Rows",
@@ -41,6 +42,7 @@ __all__ = [
     "Wiring",
     "analysis",
     "capture",
+    "difference",
     "errors",
     "interop",
     "synthetic",
@@ -54,6 +56,7 @@ _HOMES = {
     "BatchTopK": "nonlinearities",
     "Crosscoder": "crosscoder",
     "CrosscoderError": "errors",
+    "JumpReLU": "nonlinearities",
     "LatentGroup": "wiring",
     "ReLU": "nonlinearities",
     "Rows": "activations",
@@ -66,6 +69,7 @@ _HOMES = {
     "TrainResult": "training.run",
     "Trainer": "training.trainer",
     "Wiring": "wiring",
+    "difference": "sources",
     "train": "training.run",
 }
 _ROOMS = ("analysis", "capture", "errors", "interop", "synthetic", "wiring")

@@ -16,17 +16,22 @@ from torch import Tensor, nn
 
 from crosscoder.codes import SparseCode
 from crosscoder.errors import ConfigError, TextError
+from crosscoder.groups import GroupLayout
 from crosscoder.nonlinearities import BatchTopK, Budget, JumpReLU
 
 if TYPE_CHECKING:
     from crosscoder.crosscoder import Crosscoder
+
+NEVER = 1e30
+"""A threshold that nothing exceeds, and finite, so that training on gives numbers."""
 
 
 @torch.no_grad()
 def calibrate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ reads"]]) -> None:
     """Set each threshold to the score that `k` latents per row exceed on average over `batches` (raw packed reads).
 
-    Of each batch the 2k largest scores per row are held, which suffices unless batches differ wildly in density.
+    Other nonlinearities have no threshold to calibrate, and stay as they are. Of each batch the 2k largest scores per
+    row are held, which suffices unless batches differ wildly in density.
     """
     kind = crosscoder.nonlinearity
     if not isinstance(kind, BatchTopK):
@@ -36,7 +41,7 @@ def calibrate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ reads"]
     crosscoder.train()
     try:
         for x in batches:
-            code = crosscoder.encode_normalised(crosscoder.normalise_reads(x), k=2 * kind.k)
+            code = crosscoder.encode_normalised(crosscoder.normalise_reads(x.to(crosscoder.bias.dtype)), k=2 * kind.k)
             for held, budget in zip(scores, crosscoder.budgets, strict=True):
                 held.append(budget_scores(crosscoder, code, budget))
             rows += code.num_rows
@@ -61,13 +66,18 @@ def follow(crosscoder: Crosscoder, code: SparseCode, *, memory: float) -> None:
 
 @torch.no_grad()
 def as_jumprelu(crosscoder: Crosscoder, *, bandwidth: float) -> Crosscoder:
-    """The same codes in eval mode, with a threshold for every latent on its own; raises NotCalibrated without one."""
+    """The same codes in eval mode, but for rounding at the cut, with a threshold for every latent on its own.
+
+    Raises NotCalibrated without thresholds, ConfigError for other nonlinearities.
+    """
     if not isinstance(crosscoder.nonlinearity, BatchTopK):
         raise ConfigError(f"only BatchTopK has thresholds to convert; this is {crosscoder.nonlinearity.kind}.")
-    thresholds = crosscoder.thresholds / crosscoder.gate
+    gate = crosscoder.gate
+    thresholds = torch.where(gate > 0, crosscoder.thresholds / gate, NEVER)  # a score of 0 exceeds no threshold
     made = deepcopy(crosscoder)
     made.nonlinearity, made.budgets = JumpReLU(bandwidth=bandwidth), []
     made.wiring = crosscoder.wiring.without_k()
+    made.layouts = [GroupLayout(group, made.wiring) for group in made.wiring]
     for weights, part in zip(made.weights, thresholds.split([len(w.gate) for w in made.weights]), strict=True):
         weights.log_threshold = nn.Parameter(part.log().to(weights.encoder))
         weights.threshold.fill_(float("nan"))

@@ -28,7 +28,7 @@ from crosscoder.errors import NotCalibrated, SourceMismatch
 from crosscoder.groups import GroupLayout, GroupPart, GroupWeights, assemble, code_norm
 from crosscoder.kernels import dispatch, reference, selection, sparse
 from crosscoder.kernels.jump_relu import jump_relu
-from crosscoder.nonlinearities import Budget, CodeNorm, JumpReLU, Nonlinearity, ReLU, TopK, active_per_row
+from crosscoder.nonlinearities import BatchTopK, Budget, CodeNorm, JumpReLU, Nonlinearity, ReLU, TopK, active_per_row
 from crosscoder.sources import SourceSet
 from crosscoder.wiring import Wiring
 
@@ -48,7 +48,8 @@ class Crosscoder(nn.Module):
     """A sparse dictionary over several sources; `encode` takes raw packed reads, `decode` gives raw packed writes.
 
     In train mode BatchTopK selects over the batch; in eval mode it uses the calibrated threshold. Raises WiringError
-    for groups that the nonlinearity cannot serve: a penalty under TopK, a k that does not fit.
+    for groups that the nonlinearity cannot serve: a penalty under TopK, a k that does not fit. Initial weights depend
+    on the seed and the group alone; `seed=None` leaves them zero, to be set.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Crosscoder(nn.Module):
         wiring: Wiring,
         nonlinearity: Nonlinearity,
         *,
-        seed: int = 0,
+        seed: int | None = 0,
         decoder_norm: float = 0.3,
         across_sources: initialisation.Across = "same",
     ) -> None:
@@ -123,11 +124,13 @@ class Crosscoder(nn.Module):
     def thresholds(self) -> Float[Tensor, "latents"]:
         """What each latent must exceed at inference: its pre-activation under JumpReLU, its score under BatchTopK.
 
-        Raises NotCalibrated where BatchTopK has none yet.
+        Raises NotCalibrated where BatchTopK has none yet, and for nonlinearities that have none.
         """
         jumps: list[Tensor] = [g.log_threshold for g in self.weights if g.log_threshold is not None]
         if jumps:
             return torch.cat(jumps).exp()
+        if not isinstance(self.nonlinearity, BatchTopK):
+            raise NotCalibrated(f"{self.nonlinearity.kind} has no thresholds.", hint="BatchTopK and JumpReLU have.")
         thresholds = torch.cat([group.threshold.expand(group.gate.shape) for group in self.weights])
         if thresholds.isnan().any():
             raise NotCalibrated(
@@ -150,7 +153,10 @@ class Crosscoder(nn.Module):
 
     def decode(self, code: SparseCode, x: Float[Tensor, "rows reads"] | None = None) -> Float[Tensor, "rows writes"]:
         """Raw packed writes of a code; affine paths need the raw reads `x` too, and raise SourceMismatch without."""
-        y = self.decode_normalised(code, None if x is None else self.normalise_reads(x.to(self.bias.dtype)))
+        if x is not None:
+            self._check_width(x, self.reads, "reads")
+            x = self.normalise_reads(x.to(self.bias.dtype))
+        y = self.decode_normalised(code, x)
         if self.folded_normaliser:
             return y
         return y / self.scale_columns(self.writes) + self.mean_columns(self.writes)

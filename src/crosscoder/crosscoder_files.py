@@ -113,7 +113,7 @@ def load(path: str | Path, *, revision: str | None, device: str) -> Crosscoder:
     config = _read_config(folder / CONFIG)
     sources = SourceSet(Source(s.model, s.site, s.width, s.difference) for s in config.sources)
     wiring = Wiring(sources, [LatentGroup(**group.model_dump()) for group in config.groups])
-    crosscoder = Crosscoder(wiring, _nonlinearity(config.nonlinearity))
+    crosscoder = Crosscoder(wiring, _nonlinearity(config.nonlinearity), seed=None)
     crosscoder.folded_normaliser = config.folded_normaliser
     crosscoder.provenance = config.provenance
     set_tensors(crosscoder, files.read_tensors(folder / WEIGHTS, thing=THING), origin=str(folder / WEIGHTS))

@@ -25,9 +25,16 @@ Across = Literal["same", "independent"]
 
 
 def weights(
-    group: LatentGroup, *, sources: SourceSet, seed: int, decoder_norm: float, across_sources: Across
+    group: LatentGroup, *, sources: SourceSet, seed: int | None, decoder_norm: float, across_sources: Across
 ) -> tuple[Float[Tensor, "latents reads"], Float[Tensor, "latents stored"]]:
-    """Encoder and stored decoder of one group; a tied decoder is drawn once, and its encoders start as its copies."""
+    """Encoder and stored decoder of one group; a tied decoder is drawn once, and its encoders start as its copies.
+
+    Without a seed both are zero: for weights that come from elsewhere, drawing is the slowest part of loading.
+    """
+    if seed is None:
+        writes = group.writes[:1] if group.tied == "decoder" else group.writes
+        reads, stored = (sources.subset(keys).width for keys in (group.reads, writes))
+        return torch.zeros(group.num_latents, reads), torch.zeros(group.num_latents, stored)
     across = "same" if group.tied == "decoder" else across_sources
     drawn = {
         keys: rows(group, keys=keys, sources=sources, seed=seed, decoder_norm=decoder_norm, across_sources=across)

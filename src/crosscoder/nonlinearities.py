@@ -7,7 +7,9 @@ With pre-activations `p` (rows, latents), gate `g_i` and score `p_i · g_i`:
     TopK(k)       in each row, the k largest positive scores keep f = p, the others are 0
     BatchTopK(k)  in a batch of B rows, the k·B largest positive scores keep f = p; row by row: score > threshold
 
-The gate is the code norm of the decoder, over the sources that a latent writes:
+k counts the active latents of all groups together. A group with its own k chooses among its own, and the others share
+what is left: these are the *budgets* of a wiring. The gate is the code norm of the decoder, over the sources that a
+latent writes:
 
     sum  Σ_s ‖d_i^s‖      concat  sqrt(Σ_s ‖d_i^s‖²)      max  max_s ‖d_i^s‖      none  1
 
@@ -19,9 +21,9 @@ positive scores keep fewer: nothing negative or zero is ever kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from crosscoder.errors import ConfigError, WiringError
 from crosscoder.wiring import Wiring
@@ -64,7 +66,7 @@ class TopK:
     kind: ClassVar[Literal["topk"]] = "topk"
 
     def __post_init__(self) -> None:
-        _check_k(self.k)
+        _check_k(self.k, self.code_norm)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class BatchTopK:
     kind: ClassVar[Literal["batch_topk"]] = "batch_topk"
 
     def __post_init__(self) -> None:
-        _check_k(self.k)
+        _check_k(self.k, self.code_norm)
 
 
 Nonlinearity = ReLU | JumpReLU | TopK | BatchTopK
@@ -111,17 +113,22 @@ def budgets(wiring: Wiring, k: int) -> list[Budget]:
             hint="k of the nonlinearity is the number of active latents per row in all groups together.",
         )
     found = [*own, Budget(pooled, left)] if pooled else own
+    check_budgets(wiring, found)
+    return found
+
+
+def scaled(found: Sequence[Budget], k: int) -> list[Budget]:
+    """The same budgets when all together have about `k`, as a schedule asks: each rounded, and at least one."""
+    total = sum(budget.k for budget in found)
+    return [Budget(budget.groups, max(1, round(budget.k * k / total))) for budget in found]
+
+
+def check_budgets(wiring: Wiring, found: Sequence[Budget]) -> None:
+    """Raises WiringError for a budget that exceeds its latents."""
     for budget in found:
         room = sum(wiring.groups[i].num_latents for i in budget.groups)
         if budget.k > room:
             raise WiringError(f"expected k of at most the {room} latents it selects from; got {budget.k}.")
-    return found
-
-
-def scaled(found: list[Budget], k: int) -> Iterator[Budget]:
-    """The same budgets when all together have `k`, as a schedule asks; at least one each."""
-    total = sum(budget.k for budget in found)
-    return (Budget(budget.groups, max(1, round(budget.k * k / total))) for budget in found)
 
 
 def check(wiring: Wiring, nonlinearity: Nonlinearity) -> None:
@@ -142,6 +149,8 @@ def check(wiring: Wiring, nonlinearity: Nonlinearity) -> None:
             )
 
 
-def _check_k(k: int) -> None:
-    if k < 1:
-        raise ConfigError(f"expected k of at least 1; got {k}.", hint="k is the number of active latents per row.")
+def _check_k(k: int, code_norm: CodeNorm) -> None:
+    if not isinstance(k, int) or k < 1:
+        raise ConfigError(f"expected a whole k of at least 1; got {k}.", hint="k is the active latents per row.")
+    if code_norm not in get_args(CodeNorm):
+        raise ConfigError(f"expected a code norm among {', '.join(get_args(CodeNorm))}; got {code_norm!r}.")

@@ -49,6 +49,11 @@ class LatentGroup:
             raise WiringError(f"expected a group name of letters, digits, '-' and '_'; got {self.name!r}.")
         if self.num_latents < 1:
             raise WiringError(f"expected at least one latent in group {self.name!r}; got {self.num_latents}.")
+        for name in ("reads", "writes", "skip"):
+            if isinstance(getattr(self, name), str):
+                raise WiringError(f"expected {name} of group {self.name!r} as a tuple of sources; got one word.")
+        if self.tied not in (None, "decoder", "norm"):
+            raise WiringError(f"expected tied as 'decoder', 'norm' or None in group {self.name!r}; got {self.tied!r}.")
         if not self.reads or not self.writes:
             raise WiringError(f"expected group {self.name!r} to read and to write at least one source each.")
         if self.k is not None and not 1 <= self.k <= self.num_latents:
@@ -94,7 +99,8 @@ class Wiring:
             raise WiringError("expected at least one latent group; got none.")
         names = [group.name for group in self.groups]
         if len(set(names)) < len(names):
-            raise WiringError("expected group names to differ.", details=names)
+            hint = "Wirings that are combined can be told apart: wiring.prefixed('a')."
+            raise WiringError("expected group names to differ.", details=names, hint=hint)
         for group in self.groups:
             self._check(group)
 
@@ -133,7 +139,14 @@ class Wiring:
         return Wiring(self.sources, [replace(group, name=f"{prefix}-{group.name}") for group in self.groups])
 
     def over(self, sources: SourceSet) -> Wiring:
-        """The same groups among `sources`, which may be more and in another order; weights follow that order."""
+        """The same groups among `sources`, which may be more and in another order; weights follow that order.
+
+        Raises WiringError for a source of a group that is not among them.
+        """
+        used = dict.fromkeys(key for group in self.groups for key in (*group.reads, *group.writes))
+        missing = [key for key in used if key not in sources]
+        if missing:
+            raise WiringError("groups read or write sources that are not there.", details=missing)
         groups = [
             replace(group, reads=_in_order(sources, [group.reads]), writes=_in_order(sources, [group.writes]))
             for group in self.groups
@@ -218,8 +231,15 @@ def strictly_causal(
     """A cross-layer transcoder: one group per step of `reads`, that writes all `writes` from there on.
 
     `tied="decoder"` keeps one decoder per latent for all its targets; `skip` adds an affine map of the reads to the
-    first of them, the layer's own.
+    first of them: the layer's own, where it has one.
     """
+    both = [key for key in reads.keys if key in writes]
+    if both:
+        raise WiringError(
+            "a strictly causal wiring predicts sources that it does not read.",
+            details=[f"read and written  {key}" for key in both],
+            hint="Use weakly_causal to reconstruct what is read.",
+        )
     sources = _union(reads, writes)
     groups: list[LatentGroup] = []
     for step in steps(reads):
@@ -294,7 +314,8 @@ def dedicated(
     `exclusive` maps models' aliases to numbers of latents (Jiralerspong & Bricken 2026: 5 % each, 90 % shared).
     """
     budget = k_exclusive or {}
-    unknown = [alias for alias in [*exclusive, *budget] if alias not in sources.models or alias not in exclusive]
+    named = dict.fromkeys([*exclusive, *budget])
+    unknown = [alias for alias in named if alias not in sources.models or alias not in exclusive]
     if unknown or not exclusive:
         raise WiringError(
             "expected latents exclusive to models that are among the sources.",
@@ -335,7 +356,8 @@ def _union(*sets: SourceSet) -> SourceSet:
     for source in (source for sources in sets for source in sources):
         if found.setdefault(source.key, source) != source:
             raise WiringError(
-                f"{source.key} has width {found[source.key].width} in one wiring, {source.width} in another."
+                f"{source.key} is one thing in one wiring, and another in the next.",
+                details=[repr(found[source.key]), repr(source)],
             )
     return SourceSet(found.values())
 

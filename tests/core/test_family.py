@@ -60,6 +60,11 @@ def reads_of(cc: Crosscoder, x: Tensor) -> Tensor:
     return x[:, list(cc.sources.columns(cc.reads.keys))]
 
 
+def l1(cc: Crosscoder, x: Tensor) -> Tensor:
+    activity = Activity(cc.encode(x))
+    return losses.sparsity(activity, cc, L1Sparsity(coefficient=1.0), coefficient=1.0)
+
+
 def trainer_of(cc: Crosscoder, **settings: object) -> Trainer:
     return Trainer(cc, TrainConfig(num_tokens=64 * 40, batch_size=64, learning_rate=1e-2), **settings)
 
@@ -335,7 +340,7 @@ def test_rescaling_a_latent_changes_neither_reconstruction_nor_penalty(name: str
     cc = made(name, kind).train()
     x = reads_of(cc, rows(cc))
     before = cc(x)
-    penalty = losses.l1_of_norms(cc.encode(x), cc)
+    penalty = l1(cc, x)
     with torch.no_grad():
         for weights in cc.weights:
             factor = torch.rand(len(weights.gate), 1, dtype=torch.float64) + 0.5
@@ -347,7 +352,7 @@ def test_rescaling_a_latent_changes_neither_reconstruction_nor_penalty(name: str
     cc.settle()
     same = kind.code_norm != "none"
     assert torch.allclose(cc(x), before) == same
-    assert torch.allclose(losses.l1_of_norms(cc.encode(x), cc), penalty) == same
+    assert torch.allclose(l1(cc, x), penalty) == same
 
 
 # -- JumpReLU ----------------------------------------------------------------------------------------------------------
@@ -504,7 +509,7 @@ def test_contradictions_are_refused_with_what_to_do() -> None:
         strictly_causal(at("resid_post"), at("mlp_in"), num_latents_per_layer=3)
     with pytest.raises(WiringError, match="window of 1 to 3"):
         local(at("resid_post"), num_latents_per_layer=3, window=4)
-    with pytest.raises(WiringError, match="in one wiring"):
+    with pytest.raises(WiringError, match="one thing in one wiring"):
         combine(sae(PAIR.sources[0], num_latents=2), sae(Source("base", "layers.1.resid_post", 6), num_latents=2))
 
 

@@ -214,7 +214,8 @@ def test_every_wiring_of_a_run_file_trains(kind: str, toy_run_file: RunFile, tmp
     result = xc.train(run)
     assert " ".join(group.name for group in result.crosscoder.wiring) == groups
     assert result.crosscoder.sources.keys == tuple(sources)
-    assert num_parameters(result.crosscoder.wiring) == sum(p.numel() for p in result.crosscoder.parameters())
+    cc = result.crosscoder
+    assert num_parameters(cc.wiring, cc.nonlinearity) == sum(p.numel() for p in cc.parameters())
     assert result.metrics["held_out/fve"] > -1
 
 
@@ -275,6 +276,15 @@ def test_a_run_can_start_from_autoencoders_of_its_sources(toy_run_file: RunFile,
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        (
+            "wiring={kind: strictly_causal, num_latents_per_layer: 4, reads: resid_post, writes: resid_post}",
+            "does not read",
+        ),
+        ("wiring={kind: acausal, num_latents: 40, sources: [resid_post, attn_out]}", "is at attn_out"),
+        ("losses={delta: {a: base, b: bas}}", "no source is called 'bas'"),
+        ("losses={delta: {a: base, b: base/layers.0.resid_post}}", "two different sources"),
+        ("init={warm_start: {dictionaries: {other: somewhere}}}", "no source is called 'other'"),
+        ("init={firing_fraction: 0.1, warm_start: {dictionaries: {base: somewhere}}}", "give one of them"),
         ("wiring={kind: designated_shared, shared: 4, free: 4}", "is not penalised"),
         ("wiring={kind: per_source, num_latents_per_source: 4, k: 1}", "add up to"),
         ("wiring={kind: strictly_causal, num_latents_per_layer: 4}", "no source of this run is at mlp_in"),

@@ -11,7 +11,7 @@ from crosscoder.errors import ConfigError, SourceMismatch
 from crosscoder.nonlinearities import BatchTopK, JumpReLU, ReLU, TopK
 from crosscoder.sources import Source, SourceSet
 from crosscoder.training import firing_fraction
-from crosscoder.training.firing_fraction import default_fraction, set_firing_fraction
+from crosscoder.training.firing_fraction import set_firing_fraction
 from crosscoder.wiring import acausal, weakly_causal
 
 SOURCES = SourceSet(Source("base", f"layers.{layer}.resid_post", 6) for layer in range(3))
@@ -36,11 +36,6 @@ def test_every_latent_fires_on_that_fraction_of_rows(
     cc.set_normaliser(torch.full((SOURCES.width,), 2.5), torch.tensor([0.5, 1.0, 2.0]))
     set_firing_fraction(cc, rows(), 0.03)
     assert fired(cc, rows()) == [30] * cc.num_latents
-
-
-def test_the_published_fraction_is_capped() -> None:
-    assert default_fraction(1_000_000) == 0.01
-    assert default_fraction(4096) == 0.1
 
 
 @pytest.mark.parametrize("kind", [TopK(2), BatchTopK(2)], ids=["topk", "batch_topk"])

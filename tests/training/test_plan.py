@@ -31,7 +31,7 @@ print(json.dumps(1024 * int(status.split("VmHWM:")[1].split()[0])))
 def test_parameters_are_counted_exactly() -> None:
     groups = [LatentGroup("a", 7, SOURCES.keys, SOURCES.keys), LatentGroup("b", 3, SOURCES.keys[:1], SOURCES.keys[1:])]
     wiring = Wiring(SOURCES, groups)
-    assert num_parameters(wiring) == sum(p.numel() for p in Crosscoder(wiring, TopK(1)).parameters())
+    assert num_parameters(wiring, TopK(1)) == sum(p.numel() for p in Crosscoder(wiring, TopK(1)).parameters())
 
 
 def test_a_site_that_the_model_lacks_is_refused_before_any_weights_are_read(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crosscoder.activations import Batch
 from crosscoder.codes import SparseCode
-from crosscoder.crosscoder import Crosscoder
+from crosscoder.crosscoder import Activity, Crosscoder
 from crosscoder.errors import (
     FileFormatError,
     NonFiniteActivations,
@@ -145,8 +145,9 @@ def test_l1_of_norms_by_hand() -> None:
         cc.weights[0].decoder.zero_()
         cc.weights[0].decoder[0, 0], cc.weights[0].decoder[0, 10] = 3.0, 4.0
         cc.weights[0].decoder[1, 1] = 2.0
-    code = SparseCode.from_dense(torch.tensor([[1.0, 0.0], [2.0, 5.0]]))
-    assert losses.l1_of_norms(code, cc).item() == (1 * 7 + 2 * 7 + 5 * 2) / 2
+    activity = Activity(SparseCode.from_dense(torch.tensor([[1.0, 0.0], [2.0, 5.0]])))
+    found = losses.sparsity(activity, cc, L1Sparsity(coefficient=9.0), coefficient=0.5)
+    assert found.item() == 0.5 * (1 * 7 + 2 * 7 + 5 * 2) / 2
 
 
 def test_dead_latents_are_counted_in_rows_and_take_turns() -> None:

@@ -55,3 +55,5 @@ def list_keys(*, as_json: bool) -> None:
     for key in keys:
         default = f" [{key.default}]" if key.default else ""
         typer.echo(f"{key.path}{default}\n    {key.description}")
+        if key.kinds:
+            typer.echo(f"    Of kind {', '.join(key.kinds)}")

@@ -58,7 +58,7 @@ def build(weights: ForeignWeights, sources: SourceSet) -> Crosscoder:
     order = sorted(range(len(weights.reads)), key=lambda place: weights.reads[place])
     reads = tuple(sources.keys[weights.reads[place]] for place in order)
     group = LatentGroup("all", weights.encoder.shape[2], reads, sources.keys)
-    cc = Crosscoder(Wiring(sources, [group]), weights.nonlinearity)
+    cc = Crosscoder(Wiring(sources, [group]), weights.nonlinearity, seed=None)
     (own,) = cc.weights
     own.encoder.copy_(weights.encoder[order].flatten(0, 1).T)
     own.encoder_bias.copy_(weights.encoder_bias)

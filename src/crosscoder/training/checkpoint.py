@@ -70,6 +70,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> State:
     _set_moments(trainer, tensors, origin=checkpoint.path)
     trainer.dead.rows_since_fired.copy_(tensors["dead.rows_since_fired"])
     trainer.step_number = int(state["step"])
+    trainer.first_error = state.get("first_error")
     return state["stream"]
 
 
@@ -97,6 +98,7 @@ def _state(trainer: Trainer, stream: State) -> dict[str, Any]:
     return {
         "format": f"crosscoder.{THING}/1",
         "step": trainer.step_number,
+        "first_error": trainer.first_error,
         "stream": stream,
         "shards": {_SHARD: {"latents": ranges}},
         "train": trainer.config.model_dump(mode="json"),

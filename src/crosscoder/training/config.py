@@ -215,7 +215,17 @@ class RunConfig(Settings):
                 f"sparsity.kind: expected l1 or tanh with nonlinearity.kind = {self.nonlinearity.kind}; got none"
             )
         sources = self.source_set(dict.fromkeys(self.harvested_keys, 1))
-        nonlinearities.check(self.wiring.build(sources), self.nonlinearity.build())
+        wiring = self.wiring.build(sources)
+        nonlinearities.check(wiring, self.nonlinearity.build())
+        if self.losses.delta is not None and len({wiring.writes.resolve(s) for s in self.losses.delta.pair}) < 2:
+            raise ValueError("losses.delta: expected two different sources")
+        if self.losses.source_dropout and len(wiring.reads) < 2:
+            raise ValueError("losses.source_dropout: one source is read, and without it nothing is left to encode")
+        start = self.init.warm_start
+        if start is not None and self.init.firing_fraction is not None:
+            raise ValueError("init: warm_start and firing_fraction both set the encoder biases; give one of them")
+        for key in start.dictionaries if start is not None else ():
+            wiring.writes.resolve(key)
 
     @property
     def harvested_keys(self) -> tuple[str, ...]:

@@ -60,7 +60,8 @@ def converted(
     _check_fits(crosscoder, sae, source)
     columns, to = crosscoder.sources.slices[source], crosscoder.bias
     mean, scale = crosscoder.mean[columns], crosscoder.scale[crosscoder.sources.index(source)]
-    theirs = (torch.zeros_like(mean), torch.ones_like(scale)) if sae.folded_normaliser else (sae.mean, sae.scale)
+    own = sae.mean_columns(sae.reads), sae.scale_columns(sae.reads)[0]
+    theirs = (torch.zeros_like(mean), torch.ones_like(scale)) if sae.folded_normaliser else own
     their_mean, their_scale = (part.to(to) for part in theirs)
     encoder, bias, decoder = (
         torch.cat([getattr(group, name) for group in sae.weights]).to(to)
@@ -145,9 +146,9 @@ def _standardised(values: Tensor) -> Tensor:
 
 def _check_fits(crosscoder: Crosscoder, sae: Crosscoder, source: str) -> None:
     width = crosscoder.sources[source].width
-    if sae.sources.widths != (width,):
+    if sae.reads.widths != (width,) or sae.writes != sae.reads:
         raise SourceMismatch(
-            f"the dictionary of {source} has to be of that one source, of width {width}.",
+            f"the dictionary of {source} has to read and write that one source, of width {width}.",
             details=sae.sources.describe(),
             hint="Give one sparse autoencoder (a crosscoder of one source) per source.",
         )

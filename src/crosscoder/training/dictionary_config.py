@@ -115,6 +115,11 @@ class DeltaConfig(Settings):
     a: str = Field(description="One source, or the alias of its model.")
     b: str = Field(description="The other one; the difference is b minus a.")
 
+    @property
+    def pair(self) -> tuple[str, str]:
+        """Both."""
+        return self.a, self.b
+
 
 class LossesConfig(Settings):
     """What is added to the reconstruction loss, and what the encoder is not shown."""

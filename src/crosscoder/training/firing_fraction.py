@@ -50,11 +50,6 @@ def set_firing_fraction(crosscoder: Crosscoder, rows: Float[Tensor, "rows width"
         weights.encoder_bias.copy_(_thresholds(weights) - cuts)
 
 
-def default_fraction(num_latents: int) -> float:
-    """`10,000 / num_latents`, at most a tenth: by the published rule small dictionaries would always fire."""
-    return min(0.1, 10_000 / num_latents)
-
-
 def _normalised(crosscoder: Crosscoder, rows: Tensor) -> Tensor:
     if crosscoder.folded_normaliser:
         raise ConfigError("a folded crosscoder is for inference.", hint="Set the biases of one that is to be trained.")

@@ -25,11 +25,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from crosscoder.codes import SparseCode
 from crosscoder.crosscoder import Activity, Crosscoder
 from crosscoder.errors import SourceMismatch
 from crosscoder.groups import assemble
-from crosscoder.nonlinearities import CodeNorm, JumpReLU
+from crosscoder.nonlinearities import JumpReLU
 from crosscoder.training.config import L1Sparsity, TanhSparsity
 
 
@@ -52,11 +51,6 @@ def sparsity(
         return penalty
     below = torch.relu(crosscoder.thresholds - activity.pre)
     return penalty + config.preactivation * (below * norms).sum() / num_rows
-
-
-def l1_of_norms(code: SparseCode, crosscoder: Crosscoder, code_norm: CodeNorm = "sum") -> Float[Tensor, ""]:
-    """`Σ_i f_i n_i`, mean over rows, without coefficients; differentiable in values and decoder."""
-    return (code.values * crosscoder.code_norms(code_norm)[code.latents]).sum() / max(1, code.num_rows)
 
 
 def penalties(crosscoder: Crosscoder) -> Float[Tensor, "latents"]:

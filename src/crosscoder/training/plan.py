@@ -29,6 +29,7 @@ from crosscoder.capture.buffer import bytes_per_row
 from crosscoder.capture.loading import ModelConfig, dtype_of, empty_model
 from crosscoder.groups import GroupLayout
 from crosscoder.kernels.selection import BLOCK_ROWS
+from crosscoder.nonlinearities import JumpReLU, Nonlinearity
 from crosscoder.sources import split_key
 from crosscoder.training.config import RunConfig
 from crosscoder.wiring import Wiring
@@ -101,7 +102,7 @@ def plan(run: RunConfig) -> Plan:
     wiring = run.wiring.build(sources)
     storage = reduce(torch.promote_types, (outline.dtype for outline in outlines.values()))
     row = bytes_per_row(sources.underlying.width, storage)
-    parameters = num_parameters(wiring)
+    parameters = num_parameters(wiring, run.nonlinearity.build())
     rows_per_fill = run.rows_per_fill(row)
     memory = {
         "libraries": resident_bytes(),
@@ -128,9 +129,14 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:,.2f} GB"
 
 
-def num_parameters(wiring: Wiring) -> int:
+def num_parameters(wiring: Wiring, nonlinearity: Nonlinearity) -> int:
     """Encoder and decoder where a group reads and writes, one bias per latent and per written column."""
-    return wiring.writes.width + sum(_group_parameters(GroupLayout(group, wiring), wiring) for group in wiring)
+    thresholds = wiring.num_latents if isinstance(nonlinearity, JumpReLU) else 0
+    return (
+        thresholds
+        + wiring.writes.width
+        + sum(_group_parameters(GroupLayout(group, wiring), wiring) for group in wiring)
+    )
 
 
 def _group_parameters(layout: GroupLayout, wiring: Wiring) -> int:

@@ -71,7 +71,7 @@ class Study:
             progress("loading models", done, len(run.models))
         sites = {key: split_key(key) for key in run.harvested_keys}
         sources = run.source_set({key: models[alias].width(site) for key, (alias, site) in sites.items()})
-        resolved = run.resolved(widths=sources.widths)
+        resolved = run.resolved(widths=run.wiring.build(sources).writes.widths)
         return cls(resolved, models, sources, Corpus(run.text, models[run.text.tokenizer].tokenizer, seed=run.seed))
 
     def stream(self, text: Corpus | AnalysisSet, *, progress: Progress = silent) -> ActivationSource:
@@ -175,12 +175,15 @@ def _start_weights(study: Study, crosscoder: Crosscoder, stream: ActivationSourc
     """Initial weights beyond random directions, where the run asks for them; needs the normaliser."""
     init = study.run.init
     if init.warm_start is not None:
-        found = {key: RunDirectory(Path(path)) for key, path in init.warm_start.dictionaries.items()}
+        paths = init.warm_start.dictionaries.items()
+        found = {study.sources.resolve(name).key: RunDirectory(Path(path)) for name, path in paths}
         dictionaries = {
             key: Crosscoder.load(run.crosscoder if run.finished else run.path) for key, run in found.items()
         }
         made = warm_start(crosscoder, dictionaries, similarity=init.warm_start.similarity)
-        log.info("%s", made)
+        log.info(
+            "warm start: %d latents taken, %d merged, %d as drawn.", sum(made.taken), sum(made.merged), made.as_drawn
+        )
     if init.firing_fraction is not None:
         rows = torch.cat([batch.x for batch in _first_rows(stream.batches(START_ROWS // 8), START_ROWS)])
         set_firing_fraction(crosscoder, rows, init.firing_fraction)

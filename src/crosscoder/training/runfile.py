@@ -11,7 +11,7 @@ import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -46,6 +46,8 @@ class Key:
     path: str
     default: str
     description: str
+    kinds: tuple[str, ...] = ()
+    """The kinds of its block that have it, where blocks come in kinds and not all have it alike."""
 
 
 @dataclass(frozen=True)
@@ -266,30 +268,29 @@ def _nearest(schema: type[BaseModel], path: Sequence[str], raw: object) -> str:
 
 
 def keys(schema: type[BaseModel]) -> list[Key]:
-    """Every key that a file of this schema can have; `*` stands for an alias or a number."""
-    merged: dict[str, Key] = {}
-    for key in _keys(schema, ""):
-        merged[key.path] = _either(merged[key.path], key) if key.path in merged else key
-    return list(merged.values())
+    """Every key that a file of this schema can have; `*` stands for an alias or a number.
+
+    A key that kinds of a block have alike comes once, with all of them; one that means different things comes for each.
+    """
+    merged: dict[Key, tuple[str, ...]] = {}
+    for key in _keys(schema, "", ()):
+        alike = replace(key, kinds=())
+        merged[alike] = (*merged.get(alike, ()), *key.kinds)
+    return [replace(key, kinds=kinds) for key, kinds in merged.items()]
 
 
-def _keys(schema: type[BaseModel], prefix: str) -> Iterator[Key]:
+def _keys(schema: type[BaseModel], prefix: str, kinds: tuple[str, ...]) -> Iterator[Key]:
     for name, field in schema.model_fields.items():
         path = f"{prefix}{name}"
         models = _models_in(field.annotation)
         default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
         text = (field.description or "").rstrip(".")
-        yield Key(path, "" if models else default, text[:1].upper() + text[1:])
+        own = () if name == "kind" else kinds
+        yield Key(path, "" if models else default, text[:1].upper() + text[1:], own)
         star = "" if _item(field.annotation) is None else ".*"
         for model in models:
-            yield from _keys(model, f"{path}{star}.")
-
-
-def _either(first: Key, second: Key) -> Key:
-    """One key that several kinds of a block have."""
-    if first == second:
-        return first
-    return Key(first.path, f"{first.default} | {second.default}", f"{first.description} | {second.description}")
+            kind = model.model_fields.get("kind")
+            yield from _keys(model, f"{path}{star}.", (kind.default,) if kind and len(models) > 1 else kinds)
 
 
 def _model_at(schema: type[BaseModel], path: Sequence[str], raw: object) -> type[BaseModel] | None:
@@ -328,5 +329,7 @@ def _item(annotation: object) -> object | None:
 def _shown(value: object) -> str:
     if isinstance(value, BaseModel):
         return "…"
+    if isinstance(value, tuple):
+        return ", ".join(map(_shown, value))
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."

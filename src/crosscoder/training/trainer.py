@@ -5,8 +5,8 @@
 Adam (β = 0.9, 0.999) on the gradient clipped to a norm. After each update the gate follows the decoder norms, the
 threshold follows the batch's lowest kept score (moving average over about ten batches), and the dead are counted.
 Source dropout hides a source from the encoder in some rows (sets `x̃_s := 0`, its mean) and reconstructs it all the same
-(functional multi-site crosscoders, 2026). Which rows is a function of (seed, step), and nothing else here is random:
-weights and stream decide every step, so a resumed run repeats the one it resumes.
+(functional multi-site crosscoders, 2026); affine paths and AuxK see all. Which rows is a function of (seed, step), and
+nothing else here is random: weights and stream decide every step, so a resumed run repeats the one it resumes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from crosscoder.calibration import follow
 from crosscoder.codes import SparseCode
 from crosscoder.crosscoder import Activity, Crosscoder
 from crosscoder.errors import ConfigError, NonFiniteActivations, SourceMismatch, TrainingDiverged
-from crosscoder.nonlinearities import BatchTopK, active_per_row
+from crosscoder.nonlinearities import BatchTopK, active_per_row, check_budgets, scaled
 from crosscoder.training import losses, schedules
 from crosscoder.training.config import L1Sparsity, LossesConfig, NoSparsity, TanhSparsity, TrainConfig
 from crosscoder.training.dead import DeadLatents
@@ -74,6 +74,8 @@ class Trainer:
         self.crosscoder = crosscoder
         self.config = config.resolved(k=active_per_row(crosscoder.nonlinearity))
         self.sparsity = sparsity or NoSparsity()
+        if self.config.k_start is not None:
+            check_budgets(crosscoder.wiring, scaled(crosscoder.budgets, self.config.k_start))
         self.losses = losses or LossesConfig()
         self.aux = self.losses.aux
         self.seed = seed
@@ -81,7 +83,8 @@ class Trainer:
         self.step_number = 0
         after = self.aux.dead_after_tokens or min(10_000_000, max(1, config.num_tokens // 20))
         self.dead = DeadLatents(crosscoder.num_latents, after_rows=after).to(crosscoder.bias.device)
-        self._first_loss: float | None = None
+        self.first_error: float | None = None
+        """The reconstruction error of the first step, which divergence is judged by."""
         self._columns = {
             side: torch.tensor(crosscoder.sources.columns(keys), device=crosscoder.bias.device)
             for side, keys in (("reads", crosscoder.reads.keys), ("writes", crosscoder.writes.keys))
@@ -146,17 +149,18 @@ class Trainer:
 
     def check(self, result: StepResult) -> None:
         """Raises TrainingDiverged when the error is ten times that of predicting zero and of the first step seen."""
-        loss = float(result.source_errors.sum())
-        self._first_loss = loss if self._first_loss is None else self._first_loss
+        error = float(result.source_errors.sum())
+        self.first_error = error if self.first_error is None else self.first_error
         zero = len(self.crosscoder.writes) * self.crosscoder.sources.width / len(self.crosscoder.sources)
-        if loss > 10 * max(zero, self._first_loss):
-            self._diverged(loss, result.gradient_norm)
+        if error > 10 * max(zero, self.first_error):
+            self._diverged(f"the reconstruction error is {error:.4g}", result.gradient_norm)
 
-    def _diverged(self, loss: float, gradient_norm: Tensor) -> NoReturn:
+    def _diverged(self, what: str, gradient_norm: Tensor) -> NoReturn:
+        first = "" if self.first_error is None else f"{self.first_error:.4g}"
         raise TrainingDiverged(
-            f"the loss is {loss:.4g} at step {self.step_number}.",
+            f"{what} at step {self.step_number}.",
             details=[
-                f"at first       {loss if self._first_loss is None else self._first_loss:.4g}",
+                f"error at first {first}",
                 f"learning rate  {self.learning_rate:.3g}",
                 f"gradient norm  {float(gradient_norm):.3g}",
             ],
@@ -219,7 +223,7 @@ class Trainer:
     def _update(self, loss: Tensor) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.crosscoder.parameters(), self.config.gradient_clip, foreach=True)
         if not bool(torch.isfinite(loss + norm)):  # before the weights are touched
-            self._diverged(float(loss), norm)
+            self._diverged(f"the loss is {float(loss):.4g}", norm)
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate
         self.optimiser.step()

@@ -23,17 +23,35 @@ Tied = Literal["decoder", "norm"]
 
 
 def chosen(sources: SourceSet, names: Sequence[str]) -> SourceSet:
-    """The sources that `names` mean: keys, aliases with one source, or kinds of site."""
-    keys = [source.key for source in sources for name in names if source.site.rpartition(".")[2] == name]
-    keys += [sources.resolve(name).key for name in names if name not in SITE_KINDS]
-    if not keys:
-        raise WiringError(
-            f"no source of this run is at {' or '.join(names)}.", details=sources.keys, hint="Name sources of the run."
-        )
+    """The sources that `names` mean: keys, aliases with one source, or kinds of site.
+
+    Raises WiringError or UnknownSource for a name that means none.
+    """
+    keys: list[str] = []
+    for name in names:
+        kind = name in ("embed", *SITE_KINDS)
+        found = [source.key for source in sources if source.site.rpartition(".")[2] == name] if kind else []
+        if kind and not found:
+            raise WiringError(
+                f"no source of this run is at {name}.", details=sources.keys, hint="Name sources of the run."
+            )
+        keys += found or [sources.resolve(name).key]
     return sources.subset(keys)
 
 
-class AcausalConfig(Settings):
+class OverSources(Settings):
+    """A wiring over all sources of the run, or over some of them."""
+
+    sources: Some | None = Field(
+        default=None, description="The sources it is over: names, or kinds of site; null: all of the run."
+    )
+
+    def of(self, sources: SourceSet) -> SourceSet:
+        """Those of `sources` that the wiring is over."""
+        return sources if self.sources is None else chosen(sources, self.sources)
+
+
+class AcausalConfig(OverSources):
     """Every latent reads and writes every source."""
 
     kind: Literal["acausal"] = Field(default="acausal", description="Every latent reads and writes every source.")
@@ -41,7 +59,7 @@ class AcausalConfig(Settings):
 
     def build(self, sources: SourceSet) -> Wiring:
         """The wiring over `sources`."""
-        return wiring.acausal(sources, num_latents=self.num_latents)
+        return wiring.acausal(self.of(sources), num_latents=self.num_latents).over(sources)
 
 
 class SaeConfig(Settings):
@@ -76,7 +94,7 @@ class TranscoderConfig(Settings):
         return wiring.transcoder(read, write, num_latents=self.num_latents, skip=self.skip).over(sources)
 
 
-class PerSourceConfig(Settings):
+class PerSourceConfig(OverSources):
     """Independent sparse autoencoders, one per source."""
 
     kind: Literal["per_source"] = Field(default="per_source", description="One autoencoder per source.")
@@ -85,10 +103,11 @@ class PerSourceConfig(Settings):
 
     def build(self, sources: SourceSet) -> Wiring:
         """The wiring over `sources`."""
-        return wiring.per_source(sources, num_latents_per_source=self.num_latents_per_source, k=self.k)
+        of = self.of(sources)
+        return wiring.per_source(of, num_latents_per_source=self.num_latents_per_source, k=self.k).over(sources)
 
 
-class WeaklyCausalConfig(Settings):
+class WeaklyCausalConfig(OverSources):
     """Latents of a layer write it and every later one."""
 
     kind: Literal["weakly_causal"] = Field(default="weakly_causal", description="Writes the own and later layers.")
@@ -99,7 +118,9 @@ class WeaklyCausalConfig(Settings):
 
     def build(self, sources: SourceSet) -> Wiring:
         """The wiring over `sources`."""
-        return wiring.weakly_causal(sources, num_latents_per_layer=self.num_latents_per_layer, reads=self.reads)
+        of = self.of(sources)
+        made = wiring.weakly_causal(of, num_latents_per_layer=self.num_latents_per_layer, reads=self.reads)
+        return made.over(sources)
 
 
 class StrictlyCausalConfig(Settings):
@@ -136,7 +157,7 @@ class MixedConfig(Settings):
         return wiring.mixed(*parts, num_latents_per_layer=self.num_latents_per_layer).over(sources)
 
 
-class LocalConfig(Settings):
+class LocalConfig(OverSources):
     """Latents of a window of adjacent layers."""
 
     kind: Literal["local"] = Field(default="local", description="Reads and writes a window of layers.")
@@ -145,7 +166,9 @@ class LocalConfig(Settings):
 
     def build(self, sources: SourceSet) -> Wiring:
         """The wiring over `sources`."""
-        return wiring.local(sources, num_latents_per_layer=self.num_latents_per_layer, window=self.window)
+        of = self.of(sources)
+        made = wiring.local(of, num_latents_per_layer=self.num_latents_per_layer, window=self.window)
+        return made.over(sources)
 
 
 class PrePostMlpConfig(Settings):
@@ -165,13 +188,15 @@ class PrePostMlpConfig(Settings):
         return made.over(sources)
 
 
-class DesignatedSharedConfig(Settings):
+class DesignatedSharedConfig(OverSources):
     """Latents with tied decoders and a smaller penalty beside free ones."""
 
     kind: Literal["designated_shared"] = Field(default="designated_shared", description="Some latents are shared.")
     shared: Count = Field(description="Number of latents with tied decoders.")
     free: Count = Field(description="Number of free latents.")
-    penalty: float = Field(default=0.1, gt=0, description="What multiplies the shared latents' penalty.")
+    penalty: float = Field(
+        default=0.1, gt=0, description="What multiplies the sparsity coefficient for the shared latents."
+    )
     tied: Tied = Field(
         default="decoder", description="Whether shared latents have one decoder, or decoders of one norm."
     )
@@ -179,10 +204,11 @@ class DesignatedSharedConfig(Settings):
 
     def build(self, sources: SourceSet) -> Wiring:
         """The wiring over `sources`."""
-        return wiring.designated_shared(sources, **self.model_dump(exclude={"kind", "prefix"}))
+        options = self.model_dump(exclude={"kind", "sources"})
+        return wiring.designated_shared(self.of(sources), **options).over(sources)
 
 
-class DedicatedConfig(Settings):
+class DedicatedConfig(OverSources):
     """Latents of all sources beside latents that one model has to itself."""
 
     kind: Literal["dedicated"] = Field(default="dedicated", description="Some latents belong to one model.")
@@ -192,7 +218,9 @@ class DedicatedConfig(Settings):
 
     def build(self, sources: SourceSet) -> Wiring:
         """The wiring over `sources`."""
-        return wiring.dedicated(sources, shared=self.shared, exclusive=self.exclusive, k_exclusive=self.k_exclusive)
+        of = self.of(sources)
+        made = wiring.dedicated(of, shared=self.shared, exclusive=self.exclusive, k_exclusive=self.k_exclusive)
+        return made.over(sources)
 
 
 OneWiring = Annotated[
