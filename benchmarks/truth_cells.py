@@ -187,6 +187,14 @@ def arenas() -> dict[str, Arena]:
             Arena(f"null-{k}", null_world(k, num_concepts=150), 256, k=3, num_rows=300_000, coefficients=null)
             for k in ("same", "noise", "rotation")
         ),
+        Arena(
+            "null-crowded",
+            null_world("noise", num_concepts=600, noise=0.2),
+            256,
+            k=12,
+            num_rows=300_000,
+            coefficients={"l1": 1.54, "l2": 2.18, "jumprelu": 0.447},
+        ),
     ]
     return {arena.name: arena for arena in listed}
 
