@@ -23,6 +23,8 @@ NOMINAL = 0.02
 """Share of null latents that a calibrated band leaves out, half on either side."""
 EDGES = (0.002, 0.003, 0.0045, 0.0065, 0.01, 0.0141, 0.02)
 COLOURS = ("#b3500c", "#17698a", "#6b7d2a", "#7a3f8c", "#857f73", "#c08a00")
+SHOWN = ("plain l1", "plain topk", "plain batchtopk", "plain jumprelu", "designated l1", "dedicated batchtopk")
+"""Kinds of cells in the plots of the tight arena."""
 COLUMNS: dict[str, tuple[str, str]] = {
     "FVE": ("fve", ".3f"),
     "L0": ("l0", ".1f"),
@@ -215,12 +217,12 @@ def spread(numbers: Sequence[float], form: str) -> str:
 def figures(groups: Groups) -> dict[str, str]:
     """Plots by name."""
     chosen = {
-        "shares-null": [k for k in groups if k.arena == "null-noise" and k.architecture == "plain"],
-        "shares-tight": [k for k in groups if k.arena == "tight" and k.sparsity in ("l1", "batchtopk")],
+        "shares-null": [k for k in groups if k.arena == "null-crowded" and k.sparsity in ("l1", "batchtopk")],
+        "shares-tight": [k for k in groups if k.arena == "tight" and k.label in SHOWN],
     }
     drawn = {name: _shares(groups, kinds, name) for name, kinds in chosen.items() if kinds}
     curves = [k for k in groups if k.arena == "tight" and k.across == "same" and k.architecture != "difference"]
-    shown = [k for k in curves if k.label in ("plain l1", "plain topk", "plain batchtopk", "dedicated batchtopk")]
+    shown = [k for k in curves if k.label in SHOWN]
     return drawn | ({"power": _power(groups, shown)} if shown else {})
 
 
@@ -267,7 +269,7 @@ def _lines(
         for i, points in enumerate(lines.values())
     ]
     legend = [
-        f'<text x="{plots.WIDTH + 8}" y="{30 + 16 * i}" fill="{COLOURS[i % len(COLOURS)]}">{label}</text>'
+        f'<text x="{plots.WIDTH + 8}" y="{30 + 16 * i}" style="fill:{COLOURS[i % len(COLOURS)]}">{label}</text>'
         for i, label in enumerate(lines)
     ]
     style = (
@@ -276,7 +278,6 @@ def _lines(
     )
     frame = axes.frame(x_ticks=x_ticks, x_label=labels[0], y_label=labels[1])
     size = f'viewBox="0 0 {plots.WIDTH + 190} {plots.HEIGHT}" width="{plots.WIDTH + 190}"'
-    legend = [text.replace("<text ", '<text style="text-anchor:start" ') for text in legend]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size}><title>{title}</title>{style}'
         f'<rect width="100%" height="100%" fill="#fff"/>{frame}{"".join(drawn)}{"".join(legend)}</svg>\n'

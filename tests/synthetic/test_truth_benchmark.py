@@ -91,9 +91,9 @@ def test_cells_train(architecture: str, sparsity: str, monkeypatch: pytest.Monke
 
 def test_the_report_is_written_from_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark, report = module("truth_cells", monkeypatch), module("truth_report", monkeypatch)
-    arena = replace(benchmark.arenas()["null-noise"], num_rows=512, batch_size=128, num_latents=32)
-    cells = [benchmark.Cell("null-noise", "plain", "batchtopk", seed) for seed in (0, 3)]
+    arena = replace(benchmark.arenas()["null-crowded"], num_rows=512, batch_size=128, num_latents=32)
+    cells = [benchmark.Cell("null-crowded", "plain", "batchtopk", seed) for seed in (0, 3)]
     results = {cell.name: benchmark.run(cell, benchmark.Rows(arena, cell.seed)) for cell in cells}
     text = report.write(results, {"date": "today", "quick": True}, tmp_path)
-    assert "| null-noise | plain batchtopk |" in text
+    assert "| null-crowded | plain batchtopk |" in text
     assert {path.name for path in tmp_path.iterdir()} == {"truth.md", "truth.json", "truth-shares-null.svg"}
