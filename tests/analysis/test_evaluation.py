@@ -7,14 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from crosscoder.analysis.cross_entropy import CrossEntropy, cross_entropies
 from crosscoder.analysis.evaluation import evaluate
 from crosscoder.capture.analysis_set import AnalysisSet
-from crosscoder.capture.contexts import DocumentId, Encoder, assemble
 from crosscoder.capture.models import StudiedModel
-from crosscoder.capture.text import Document
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import SourceMismatch, TextError
 from crosscoder.nonlinearities import BatchTopK, ReLU, TopK
@@ -119,29 +117,6 @@ def test_a_source_without_recovery_leaves_the_smallest_unknown() -> None:
     ce = {"base/embed": CrossEntropy(2.0, 2.01, 3.0, 3.0, 10), "chat/embed": CrossEntropy(2.0, 2.0, 2.0, 3.0, 10)}
     assert replace(found, cross_entropy={"base/embed": ce["base/embed"]}).ce_recovered_min == pytest.approx(0.99)
     assert replace(found, cross_entropy=ce).ce_recovered_min is None
-
-
-@pytest.fixture
-def pair(
-    toy_model: PreTrainedModel, toy_partner: PreTrainedModel, toy_tokenizer: PreTrainedTokenizerFast
-) -> dict[str, StudiedModel]:
-    """The toy models, studied."""
-    return {
-        "base": StudiedModel("base", toy_model, toy_tokenizer),
-        "chat": StudiedModel("chat", toy_partner, toy_tokenizer),
-    }
-
-
-@pytest.fixture
-def text(toy_tokenizer: PreTrainedTokenizerFast) -> AnalysisSet:
-    """Five contexts of unequal length that open with a dropped BOS."""
-    encoder = Encoder(toy_tokenizer, ("bos", "pad"))
-    contexts = []
-    for number in range(5):
-        document = Document.of("the old dog ran over the hill " * (number + 1) + str(number), dataset="toy")
-        tokens = encoder.encode(document, separator=False)
-        contexts.append(assemble(encoder.opening(), [(tokens, DocumentId(document.hash, "toy"))]))
-    return AnalysisSet.of(contexts, vocabulary="toy")
 
 
 def toy_crosscoder(pair: dict[str, StudiedModel]) -> Crosscoder:

@@ -187,11 +187,11 @@ def _writer(row: Tensor, kept: Bool[Tensor, "contexts positions"]) -> Callable[[
 
 
 def spliceable(crosscoder: Crosscoder) -> list[Source]:
-    """The sources that can be replaced one at a time: a model has them, and the crosscoder reads what it writes there.
+    """The sources that can be replaced one at a time: those that a model has.
 
-    A source that is written but not read belongs to a replacement model, where later reads see earlier splices.
+    Where one is written and not read, all reads are clean still: what precedes it is. All at once: `replacement.py`.
     """
-    return [s for s in crosscoder.writes if s.difference is None and s.key in crosscoder.reads]
+    return [source for source in crosscoder.writes if source.difference is None]
 
 
 def _check(crosscoder: Crosscoder, models: Mapping[str, StudiedModel]) -> None:

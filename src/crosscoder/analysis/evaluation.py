@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from crosscoder.activations import ActivationSource
 from crosscoder.analysis.cross_entropy import CrossEntropy, cross_entropies
 from crosscoder.analysis.passes import Observer, evaluating, watch
+from crosscoder.analysis.replacement import ReplacementModel, replacement_model
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.models import StudiedModel
 from crosscoder.crosscoder import Crosscoder
@@ -32,7 +33,10 @@ DENSITY_EDGES = np.linspace(-7.0, 0.0, 29)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The numbers of one crosscoder on one analysis set; `cross_entropy` is empty when no models were given."""
+    """The numbers of one crosscoder on one analysis set; `cross_entropy` is empty when no models were given.
+
+    `replacement` is there for transcoders: the model with all that they write replaced at once.
+    """
 
     num_rows: int
     fve: float
@@ -42,6 +46,7 @@ class Evaluation:
     dead_fraction: float
     density: Float[Tensor, "latents"]
     cross_entropy: Mapping[str, CrossEntropy]
+    replacement: ReplacementModel | None = None
 
     @property
     def ce_recovered(self) -> dict[str, float]:
@@ -80,6 +85,7 @@ class Evaluation:
             "dead_fraction": self.dead_fraction,
             "ce_recovered_min": self.ce_recovered_min,
             "sources": self._per_source(),
+            "replacement": None if self.replacement is None else asdict(self.replacement),
             "density_histogram": {
                 "log10_edges": DENSITY_EDGES.tolist(),
                 "num_latents": self.density_histogram.tolist(),
@@ -112,9 +118,11 @@ def evaluate(
     num_rows = None if text is None else int(text.kept.sum())
     statistics = watch(crosscoder, activations, observers, num_rows=num_rows, progress=progress)
     cross_entropy: dict[str, CrossEntropy] = {}
+    replacement: ReplacementModel | None = None
     if models is not None and text is not None:
         with evaluating(crosscoder), torch.no_grad():
             cross_entropy = cross_entropies(crosscoder, models, text, num_tokens=num_ce_tokens, progress=progress)
+            replacement = replacement_model(crosscoder, models, text, num_tokens=num_ce_tokens, progress=progress)
     return Evaluation(
         num_rows=statistics.num_rows,
         fve=statistics.fve,
@@ -124,6 +132,7 @@ def evaluate(
         dead_fraction=statistics.dead_fraction,
         density=statistics.density,
         cross_entropy=cross_entropy,
+        replacement=replacement,
     )
 
 

@@ -23,7 +23,8 @@ def run(path: str, *, out: Path | None, as_json: bool) -> None:
         print_json(evaluation.to_json())
         return
     print_evaluation(evaluation)
-    typer.echo(f"\nThe files are in {out or path}. Next: crosscoder diff {path}")
+    several = len(evaluation.fve_per_source) > 1
+    typer.echo(f"\nThe files are in {out or path}." + (f" Next: crosscoder diff {path}" if several else ""))
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
@@ -40,6 +41,12 @@ def print_evaluation(evaluation: Evaluation) -> None:
     ]
     both = ("all sources", f"{evaluation.fve:.3f}", "", "")
     print_table(("source", "FVE", "CE recovered (zero)", "CE recovered (mean)"), [*rows, both])
+    found = evaluation.replacement
+    if found is not None:
+        typer.echo(
+            f"replacement model: cross-entropy {found.clean:.3f} → {found.replaced:.3f}   "
+            f"same favourite token {found.top1_agreement:.1%}   KL {found.kl:.3f}"
+        )
 
 
 def _optional(value: float | None) -> str:
