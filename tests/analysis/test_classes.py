@@ -10,7 +10,7 @@ from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import ConfigError, SourceMismatch
 from crosscoder.nonlinearities import TopK
 from crosscoder.sources import Source, SourceSet
-from crosscoder.wiring import acausal
+from crosscoder.wiring import LatentGroup, Wiring, acausal
 
 
 def crosscoder_with(rows_a: list[list[float]], rows_b: list[list[float]]) -> Crosscoder:
@@ -30,9 +30,33 @@ def test_classes_by_hand() -> None:
     assert [CLASSES[i] for i in found.class_ids.tolist()] == ["a-only", "shared", "b-only", "other", "dead"]
     assert found.relative_norm.tolist() == [0.0, 0.5, 1.0, 0.25, 0.5]
     assert found.norm_a.tolist() == [5.0, 1.0, 0.0, 2.0, 1.0]
-    assert found.counts == {"a-only": 1, "shared": 1, "b-only": 1, "other": 1, "dead": 1}
+    assert found.counts == {"a-only": 1, "shared": 1, "b-only": 1, "other": 1, "dead": 1, "elsewhere": 0}
+    assert found.counts_by_wiring == {}
     assert found.cosine is not None and found.cosine.tolist() == [0.0, 0.0, 0.0, 1.0, 1.0]
     assert found.table().column("class").to_pylist() == ["a-only", "shared", "b-only", "other", "dead"]
+
+
+def test_what_the_wiring_fixed_is_told_from_what_was_learned() -> None:
+    """Latents with one decoder, of both or of a alone; tied ones; free ones; and ones that write neither."""
+    a, b, c = (Source(name, "embed", 2) for name in "abc")
+    sources = SourceSet([a, b, c])
+    both = (a.key, b.key)
+    groups = [
+        LatentGroup("free", 2, sources.keys, both),
+        LatentGroup("of-a", 3, (a.key,), (a.key, c.key)),
+        LatentGroup("tied", 4, both, both, tied="decoder"),
+        LatentGroup("of-c", 5, (c.key,), (c.key,)),
+    ]
+    cc = Crosscoder(Wiring(sources, groups), TopK(1))
+    with torch.no_grad():
+        cc.weights[0].decoder[0, 2:] = 0  # learned zero at b
+    found = latent_classes(cc, a="a", b="b")
+    names = [CLASSES[i] for i in found.class_ids.tolist()]
+    assert names == ["a-only", "shared"] + ["a-only"] * 3 + ["shared"] * 4 + ["elsewhere"] * 5
+    assert found.by_wiring.tolist() == [False] * 2 + [True] * 12
+    assert found.counts_by_wiring == {"a-only": 3, "shared": 4, "elsewhere": 5}
+    assert found.relative_norm[:9].tolist() == [0, 0.5, 0, 0, 0, 0.5, 0.5, 0.5, 0.5]
+    assert bool(found.relative_norm[9:].isnan().all())
 
 
 def test_unequal_scales_do_not_move_the_classes() -> None:

@@ -25,8 +25,8 @@ from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import ConfigError, SourceMismatch
 from crosscoder.sources import Source
 
-CLASSES = ("a-only", "shared", "b-only", "other", "dead")
-"""Names of the classes; a latent's class is an index into this."""
+CLASSES = ("a-only", "shared", "b-only", "other", "dead", "elsewhere")
+"""Names of the classes; a latent's class is an index into this. `elsewhere`: it can write neither source."""
 
 _TWIN_BLOCK = 2048
 
@@ -60,6 +60,8 @@ class LatentClasses:
     """Norms, relative norm, cosine and class of every latent between the sources `a` and `b`.
 
     `cosine` is None where the widths of the sources differ: there is no angle between vectors of two spaces.
+    `by_wiring` says whose norms the wiring fixed: it writes one of the two alone, or has one norm for both. Their class
+    is no finding.
     """
 
     a: str
@@ -70,6 +72,13 @@ class LatentClasses:
     relative_norm: Float[Tensor, "latents"]
     cosine: Float[Tensor, "latents"] | None
     class_ids: Int[Tensor, "latents"]
+    by_wiring: Bool[Tensor, "latents"]
+
+    @property
+    def counts_by_wiring(self) -> dict[str, int]:
+        """How many latents of each class the wiring put there."""
+        found = torch.bincount(self.class_ids[self.by_wiring], minlength=len(CLASSES)).tolist()
+        return {name: count for name, count in zip(CLASSES, found, strict=True) if count}
 
     @property
     def counts(self) -> dict[str, int]:
@@ -92,6 +101,7 @@ class LatentClasses:
                 "norm_a": pa.array(self.norm_a.tolist(), pa.float32()),
                 "norm_b": pa.array(self.norm_b.tolist(), pa.float32()),
                 "cosine": pa.array(cosine, pa.float32()),
+                "by_wiring": pa.array(self.by_wiring.tolist(), pa.bool_()),
             }
         )
 
@@ -138,6 +148,8 @@ def latent_classes(
     norm_b = norms[:, crosscoder.writes.index(source_b.key)]
     relative = relative_norm(norm_a, norm_b)
     cut = relative if cuts.statistic == "relative_norm" else norm_b / (norm_a + norm_b)
+    writes = torch.from_numpy(crosscoder.wiring.writes_mask).to(norm_a.device)
+    writes = writes[:, [crosscoder.writes.index(s.key) for s in (source_a, source_b)]]
     dead = torch.zeros_like(norm_a, dtype=torch.bool) if density is None else (density == 0).to(norm_a.device)
     rows_a, rows_b = crosscoder.decoder_rows(source_a.key), crosscoder.decoder_rows(source_b.key)
     return LatentClasses(
@@ -148,7 +160,8 @@ def latent_classes(
         norm_b=norm_b,
         relative_norm=relative,
         cosine=cosine_similarity(rows_a, rows_b, dim=1) if source_a.width == source_b.width else None,
-        class_ids=_class_ids(cut, cuts, dead=dead),
+        class_ids=_class_ids(cut, cuts, dead=dead, elsewhere=~writes.any(1)),
+        by_wiring=~writes.all(1) | _tied(crosscoder).to(norm_a.device),
     )
 
 
@@ -201,14 +214,23 @@ def named_cutoffs(cutoffs: str | CutOffs) -> CutOffs:
     return CUTOFFS[cutoffs]
 
 
+def _tied(crosscoder: Crosscoder) -> Bool[Tensor, "latents"]:
+    return torch.cat([torch.full((group.num_latents,), group.tied is not None) for group in crosscoder.wiring])
+
+
 def _class_ids(
-    cut: Float[Tensor, "latents"], cuts: CutOffs, *, dead: Bool[Tensor, "latents"]
+    cut: Float[Tensor, "latents"],
+    cuts: CutOffs,
+    *,
+    dead: Bool[Tensor, "latents"],
+    elsewhere: Bool[Tensor, "latents"],
 ) -> Int[Tensor, "latents"]:
     ids = torch.full(cut.shape, CLASSES.index("other"), device=cut.device)
     ids[(cut >= cuts.shared[0]) & (cut <= cuts.shared[1])] = CLASSES.index("shared")
     ids[cut < cuts.a_only] = CLASSES.index("a-only")
     ids[cut > cuts.b_only] = CLASSES.index("b-only")
     ids[dead] = CLASSES.index("dead")
+    ids[elsewhere] = CLASSES.index("elsewhere")
     return ids
 
 

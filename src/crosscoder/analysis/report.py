@@ -72,14 +72,23 @@ def _head(data: ReportData) -> str:
 
 def _summary(data: ReportData) -> str:
     counts, cuts = data.classes.counts, data.classes.cutoffs
-    alive = sum(counts.values()) - counts["dead"]
+    alive = sum(counts.values()) - counts["dead"] - counts["elsewhere"]
     name = "relative norm" if cuts.statistic == "relative_norm" else "share of the norms"
     return (
         f"Of {alive:,} latents that fire on the held-out text, {counts['a-only']:,} write to "
         f'<span class="side-a">a</span> alone ({name} below {cuts.a_only:g}), {counts["b-only"]:,} to '
         f'<span class="side-b">b</span> alone (above {cuts.b_only:g}), and {counts["shared"]:,} to both alike '
-        f"({cuts.shared[0]:g} to {cuts.shared[1]:g}); {counts['other']:,} lie between."
+        f"({cuts.shared[0]:g} to {cuts.shared[1]:g}); {counts['other']:,} lie between.{_fixed(data)}"
     )
+
+
+def _fixed(data: ReportData) -> str:
+    """What is no finding, since the wiring says so."""
+    fixed = {name: n for name, n in data.classes.counts_by_wiring.items() if name not in ("dead", "elsewhere")}
+    elsewhere = data.classes.counts["elsewhere"]
+    parts = ", ".join(f"{count:,} {name}" for name, count in fixed.items())
+    said = f" The wiring, not training, decides the class of {parts}." if fixed else ""
+    return said + (f" {elsewhere:,} latents can write neither and are left out." if elsewhere else "")
 
 
 def _numbers(data: ReportData) -> str:
@@ -129,7 +138,8 @@ def _plots(data: ReportData) -> str:
 
 
 def _norm_plot(data: ReportData) -> str:
-    alive = data.classes.class_ids.cpu().numpy() != CLASSES.index("dead")
+    left_out = [CLASSES.index(name) for name in ("dead", "elsewhere")]
+    alive = ~np.isin(data.classes.class_ids.cpu().numpy(), left_out)
     norms = data.classes.relative_norm.cpu().numpy()[alive]
     counts = np.histogram(norms[np.isfinite(norms)], _NORM_EDGES)[0]
     centres = (_NORM_EDGES[:-1] + _NORM_EDGES[1:]) / 2

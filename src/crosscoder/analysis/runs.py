@@ -59,6 +59,7 @@ class Diff:
             "b": c.b,
             "cutoffs": asdict(c.cutoffs),
             "classes": c.counts,
+            "classes_by_wiring": c.counts_by_wiring,
             "mean_cosine_of_shared": _mean_cosine(c),
             "evaluation": {name: self.evaluation[name] for name in ("fve", "l0", "dead_fraction", "ce_recovered_min")},
             "labels": None if self.labels is None else self.labels.to_json(),
