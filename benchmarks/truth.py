@@ -43,6 +43,8 @@ MATRIX: dict[str, tuple[str, ...]] = {
         "plain l1x2",
         "plain l1x3",
         "designated l1",
+        "designated l1x2",
+        "designated l1x3",
         "designated batchtopk",
         "designated-norm l1",
         "dedicated l1",

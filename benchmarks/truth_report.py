@@ -95,10 +95,19 @@ def write(cells: Cells, facts: Mapping[str, Any], out: Path) -> str:
     report = "\n".join(lines).rstrip() + "\n"
     (out / "truth.md").write_text(report, encoding="utf-8")
     short = {name: {k: v for k, v in cell.items() if k not in ("shares", "curve")} for name, cell in cells.items()}
+    short = {name: _rounded(cell) for name, cell in short.items()}
     content = {"format": "crosscoder.truth/1", "about": facts, "cells": short}
     content |= {"findings": [verdict.to_json() for verdict in verdicts]}
-    (out / "truth.json").write_text(json_text(content, indent=1) + "\n", encoding="utf-8")
+    text = json_text(content).replace('}, "', '},\n"')
+    (out / "truth.json").write_text(text + "\n", encoding="utf-8")
     return report
+
+
+def _rounded(content: Any) -> Any:
+    """Numbers to four significant digits, which is more than seeds agree on."""
+    if isinstance(content, Mapping):
+        return {key: _rounded(value) for key, value in content.items()}
+    return float(f"{content:.4g}") if isinstance(content, float) else content
 
 
 def grouped(cells: Cells) -> Groups:
@@ -144,18 +153,22 @@ def arena_lines(groups: Groups, arena: str) -> Iterator[str]:
 
 def pressure_lines(groups: Groups) -> Iterator[str]:
     """L1 under more pressure than the tuned coefficient; not registered."""
-    yield "Not registered: median density of exclusive over that of shared latents (share 0.05 / 0.95) under more L1."
+    yield (
+        "Not registered: the median density of exclusive over that of other latents (share 0.05 / 0.95) under more L1. "
+        "Under the tuned coefficient there is no gap that designated latents could close."
+    )
     yield ""
-    yield "| arena | coefficient × | FVE | L0 | exclusive latents | density ratio | recall |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| arena | crosscoder | coefficient × | FVE | L0 | exclusive latents | density ratio | recall |"
+    yield "|---|---|---|---|---|---|---|---|"
     for kind, members in groups.items():
-        if kind.sparsity.startswith("l1") and kind.architecture == "plain" and kind.across == "same":
-            if kind.arena not in ("overcomplete", "tight"):
-                continue
-            cells = [spread(values(members, field), form) for field, form in (("fve", ".3f"), ("l0", ".1f"))]
-            fields = (("num_called", ".0f"), ("density_ratio", ".2f"), ("recall", ".2f"))
-            cells += [spread(values(members, field, "anthropic"), form) for field, form in fields]
-            yield f"| {kind.arena} | {kind.sparsity.partition('x')[2] or '1'} | " + " | ".join(cells) + " |"
+        penalised = kind.sparsity.startswith("l1") and kind.architecture in ("plain", "designated")
+        if not penalised or kind.across != "same" or kind.arena not in ("overcomplete", "tight"):
+            continue
+        cells = [spread(values(members, field), form) for field, form in (("fve", ".3f"), ("l0", ".1f"))]
+        fields = (("num_called", ".0f"), ("density_ratio", ".2f"), ("recall", ".2f"))
+        cells += [spread(values(members, field, "anthropic"), form) for field, form in fields]
+        factor = kind.sparsity.partition("x")[2] or "1"
+        yield f"| {kind.arena} | {kind.architecture} | {factor} | " + " | ".join(cells) + " |"
 
 
 def null_lines(groups: Groups) -> Iterator[str]:
