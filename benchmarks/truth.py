@@ -113,7 +113,7 @@ def work(chosen: dict[str, Arena], options: argparse.Namespace) -> None:
         rows = Rows(arena, seed)
         for cell in missing:
             start = time.monotonic()
-            result = run(cell, rows) | {"seconds": round(time.monotonic() - start, 1)}
+            result = {"format": "crosscoder.truth-cell/1"} | run(cell, rows) | {"seconds": round(time.monotonic() - start, 1)}
             _write(_path(options.out, cell), result)
             print(f"{cell.name}: {result['seconds']} s, FVE {result['fve']:.3f}, L0 {result['l0']:.1f}", flush=True)
 
