@@ -4,7 +4,7 @@ Every cell trains one crosscoder and writes one JSON; a finished cell is not tra
 it stopped, and several processes may share the work. Findings of the literature are registered in `truth_findings.py`
 before the cells that decide them exist; the report prints the verdicts.
 
-    python benchmarks/truth.py                          # all cells (about an hour of one core), then the report
+    python benchmarks/truth.py                          # all cells (53 minutes of one core), then the report
     python benchmarks/truth.py --share 0/2 --no-report  # every second arena and seed, for one of two processes
     python benchmarks/truth.py --report-only            # the report of the cells that are there
     python benchmarks/truth.py --tune tight narrow      # find the coefficients of penalties again, on seed 1000
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from truth_cells import SPARSITIES, Arena, Cell, Rows, arenas, run, tune
+from truth_findings import SECOND_SEEDS
 from truth_report import write
 
 import crosscoder
@@ -71,6 +72,8 @@ MATRIX: dict[str, tuple[str, ...]] = {
 }
 """Architecture, sparsity (x and a factor on its coefficient), initialisation across sources where it is not `same`."""
 MATRIX["common"] = MATRIX["narrow"]
+SECOND_ROUND = {"overcomplete": ("plain l1", "plain batchtopk"), "narrow": ("plain batchtopk",)}
+"""Cells of fresh seeds for findings that the first round left open."""
 
 
 def main() -> None:
@@ -113,7 +116,8 @@ def work(chosen: dict[str, Arena], options: argparse.Namespace) -> None:
         rows = Rows(arena, seed)
         for cell in missing:
             start = time.monotonic()
-            result = {"format": "crosscoder.truth-cell/1"} | run(cell, rows) | {"seconds": round(time.monotonic() - start, 1)}
+            result = {"format": "crosscoder.truth-cell/1"} | run(cell, rows)
+            result["seconds"] = round(time.monotonic() - start, 1)
             _write(_path(options.out, cell), result)
             print(f"{cell.name}: {result['seconds']} s, FVE {result['fve']:.3f}, L0 {result['l0']:.1f}", flush=True)
 
@@ -124,11 +128,14 @@ def units(chosen: dict[str, Arena]) -> Iterator[tuple[Arena, int]]:
         for name, arena in chosen.items():
             if seed < SEEDS.get(name, NULL_SEEDS):
                 yield arena, seed
+    for seed in SECOND_SEEDS:
+        yield from ((chosen[name], seed) for name in SECOND_ROUND)
 
 
 def cells_of(arena: Arena, seed: int) -> list[Cell]:
     """The cells of one arena and seed."""
-    return [_cell(arena.name, text, seed) for text in MATRIX[arena.name.split("-")[0]]]
+    listed = SECOND_ROUND[arena.name] if seed in SECOND_SEEDS else MATRIX[arena.name.split("-")[0]]
+    return [_cell(arena.name, text, seed) for text in listed]
 
 
 def _cell(arena: str, text: str, seed: int) -> Cell:

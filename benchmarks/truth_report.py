@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from truth_cells import ARCHITECTURES, SPARSITIES, arenas
-from truth_findings import FINDINGS, Cells, judge
+from truth_findings import FINDINGS, SECOND_SEEDS, Cells, judge
 
 from crosscoder.analysis import plots
 from crosscoder.synthetic import recall_by_frequency
@@ -53,7 +53,8 @@ null-crowded was added when the other null worlds turned out to be easy."""
 RULE = """\
 Registered in `benchmarks/truth_findings.py` before the cells existed. *confirmed*: the whole interval is beyond the
 registered effect; *refuted*: the whole interval is on its other side; *inconclusive*: neither, or fewer than three
-seeds in which the number is defined. Ratios are means of logarithms."""
+seeds in which the number is defined. Ratios are means of logarithms. *Again* is a second round, registered after the
+first and run on fresh seeds, which are in no other table."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,10 @@ def _rounded(content: Any) -> Any:
 
 
 def grouped(cells: Cells) -> Groups:
-    """Cells by kind, in the order of arenas, architectures and sparsities as they were trained."""
+    """Cells of the first round by kind, in the order of arenas, architectures and sparsities."""
     groups: dict[Kind, list[Mapping[str, Any]]] = {}
-    for cell in sorted(cells.values(), key=_place):
+    first_round = (cell for cell in cells.values() if cell["seed"] not in SECOND_SEEDS)
+    for cell in sorted(first_round, key=_place):
         sparsity = cell["sparsity"] + ("" if cell["pressure"] == 1 else f"x{cell['pressure']:g}")
         kind = Kind(cell["arena"], cell["architecture"], sparsity, cell["across"])
         groups.setdefault(kind, []).append(cell)
