@@ -23,7 +23,7 @@ T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 
 """Student's t, 97.5 %, by degrees of freedom."""
 FEWEST = 3
 SECOND_SEEDS = tuple(range(10, 18))
-"""Fresh seeds of a second round, registered when the first had left findings open and before any of them was trained."""
+"""Fresh seeds of a second round, registered when the first had left findings open, before any of them was trained."""
 
 Cells = Mapping[str, Mapping[str, Any]]
 """Results by the name of their cell."""
