@@ -121,7 +121,8 @@ def main() -> None:
     if not options.report:
         train_missing(names, settings, options)
     cells = [cell for name in names if (cell := finished(options.out / name.file, settings)) is not None]
-    print(write_report(cells, settings, options.out, seeds=range(options.seeds)))
+    facts = {"coefficient": COEFFICIENT, "k": K, "learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE, **settings}
+    print(write_report(cells, facts, options.out, seeds=range(options.seeds)))
 
 
 def arguments() -> argparse.Namespace:

@@ -35,8 +35,9 @@ WIRINGS = ("acausal", "weakly-causal")
 
 def compare_cost() -> str:
     """The comparison as a Markdown table."""
-    sources = layers()
-    x = rows()
+    # First, while this process is small: the peak of a child includes its parent's.
+    memory = [_line(f"peak memory, {kind} (MB)", *peaks(kind)) for kind in KINDS]
+    sources, x = layers(), rows()
     lines = [
         f"{NUM_LAYERS} layers of width {WIDTH}, {NUM_LATENTS:,} latents, batches of {BATCH_SIZE}, "
         f"{torch.get_num_threads()} thread(s), {ROUNDS} steps of each in turn.",
@@ -44,18 +45,17 @@ def compare_cost() -> str:
         "| | acausal | weakly causal | ratio |",
         "|---|---|---|---|",
     ]
-    encoder, decoder = (parameters(name, sources) for name in WIRINGS)
+    acausal_size, causal_size = (parameters(name, sources) for name in WIRINGS)
     lines += [
-        _line("encoder parameters", *(float(pair[0]) for pair in (encoder, decoder))),
-        _line("decoder parameters", *(float(pair[1]) for pair in (encoder, decoder))),
-        _line("FLOPs of dense products per row", *(float(4 * e + 6 * d) for e, d in (encoder, decoder))),
+        _line("encoder parameters", *(float(pair[0]) for pair in (acausal_size, causal_size))),
+        _line("decoder parameters", *(float(pair[1]) for pair in (acausal_size, causal_size))),
+        _line("FLOPs of dense products per row", *(float(4 * e + 6 * d) for e, d in (acausal_size, causal_size))),
     ]
+    state = (16e-6 * (e + d) for e, d in (acausal_size, causal_size))  # weights, gradients, two moments in float32
+    lines.append(_line("weights, gradients and Adam's moments (MB)", *state))
     for kind in KINDS:
         lines.append(_line(f"step, {kind} (s)", *step_times(kind, sources, x)))
-    empty = peak_bytes("none", "relu + l1")
-    for kind in KINDS:
-        lines.append(_line(f"peak memory, {kind} (MB)", *((peak_bytes(name, kind) - empty) / 1e6 for name in WIRINGS)))
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *memory]) + "\n"
 
 
 def layers() -> SourceSet:
@@ -100,6 +100,12 @@ def step_times(kind: str, sources: SourceSet, x: torch.Tensor) -> tuple[float, f
     return acausal_time, causal_time
 
 
+def peaks(kind: str) -> tuple[float, float]:
+    """Peak memory of both wirings in MB, without what any process of this kind takes."""
+    empty, one, other = (peak_bytes(name, kind) for name in ("none", *WIRINGS))
+    return (one - empty) / 1e6, (other - empty) / 1e6
+
+
 def peak_bytes(name: str, kind: str) -> float:
     """Peak resident memory of a process that makes two steps of a wiring; `none` only has the rows."""
     command = [sys.executable, __file__, name, kind]
@@ -118,7 +124,8 @@ def _one_process(name: str, kind: str) -> None:
         one = trainer(name, kind, sources)
         for _ in range(2):
             one.step(x)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 if __name__ == "__main__":
