@@ -116,13 +116,20 @@ def main() -> None:
     if options.cost:
         print(compare_cost())
         return
-    settings = {"rows": options.rows, "held_out_rows": options.held_out_rows, "quick": options.quick}
+    settings = {
+        "coefficient": COEFFICIENT,
+        "k": K,
+        "learning_rate": LEARNING_RATE,
+        "batch_size": BATCH_SIZE,
+        "rows": options.rows,
+        "held_out_rows": options.held_out_rows,
+        "quick": options.quick,
+    }
     names = [name for seed in range(options.seeds) for name in cell_names(seed, quick=options.quick)]
     if not options.report:
         train_missing(names, settings, options)
     cells = [cell for name in names if (cell := finished(options.out / name.file, settings)) is not None]
-    facts = {"coefficient": COEFFICIENT, "k": K, "learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE, **settings}
-    print(write_report(cells, facts, options.out, seeds=range(options.seeds)))
+    print(write_report(cells, settings, options.out, seeds=range(options.seeds)))
 
 
 def arguments() -> argparse.Namespace:
