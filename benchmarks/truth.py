@@ -4,7 +4,7 @@ Every cell trains one crosscoder and writes one JSON; a finished cell is not tra
 it stopped, and several processes may share the work. Findings of the literature are registered in `truth_findings.py`
 before the cells that decide them exist; the report prints the verdicts.
 
-    python benchmarks/truth.py                          # all cells (53 minutes of one core), then the report
+    python benchmarks/truth.py                          # all cells (61 minutes of one core), then the report
     python benchmarks/truth.py --share 0/2 --no-report  # every second arena and seed, for one of two processes
     python benchmarks/truth.py --report-only            # the report of the cells that are there
     python benchmarks/truth.py --tune tight narrow      # find the coefficients of penalties again, on seed 1000
