@@ -42,8 +42,8 @@ def calibrate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ reads"]
     try:
         for x in batches:
             code = crosscoder.encode_normalised(crosscoder.normalise_reads(x.to(crosscoder.bias.dtype)), k=2 * kind.k)
-            for held, budget in zip(scores, crosscoder.budgets, strict=True):
-                held.append(budget_scores(crosscoder, code, budget))
+            for held, found in zip(scores, budget_scores(crosscoder, code), strict=True):
+                held.append(found)
             rows += code.num_rows
     finally:
         crosscoder.train(was_training)
@@ -56,8 +56,7 @@ def calibrate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ reads"]
 @torch.no_grad()
 def follow(crosscoder: Crosscoder, code: SparseCode, *, memory: float) -> None:
     """Move each threshold towards the lowest score that a training batch kept: `τ ← memory τ + (1 − memory) lowest`."""
-    for budget in crosscoder.budgets:
-        scores = budget_scores(crosscoder, code, budget)
+    for budget, scores in zip(crosscoder.budgets, budget_scores(crosscoder, code), strict=True):
         if scores.numel():
             lowest, old = scores.min(), crosscoder.weights[budget.groups[0]].threshold
             old = torch.where(old.isnan(), lowest, old)
@@ -74,6 +73,7 @@ def as_jumprelu(crosscoder: Crosscoder, *, bandwidth: float) -> Crosscoder:
         raise ConfigError(f"only BatchTopK has thresholds to convert; this is {crosscoder.nonlinearity.kind}.")
     gate = crosscoder.gate
     thresholds = torch.where(gate > 0, crosscoder.thresholds / gate, NEVER)  # a score of 0 exceeds no threshold
+    thresholds = thresholds.clamp(min=1 / NEVER)  # so that the logarithm of a threshold of 0 can be trained
     made = deepcopy(crosscoder)
     made.nonlinearity, made.budgets = JumpReLU(bandwidth=bandwidth), []
     made.wiring = crosscoder.wiring.without_k()
@@ -84,14 +84,17 @@ def as_jumprelu(crosscoder: Crosscoder, *, bandwidth: float) -> Crosscoder:
     return made.eval()
 
 
-def budget_scores(crosscoder: Crosscoder, code: SparseCode, budget: Budget) -> Float[Tensor, "pairs"]:
-    """The scores of a code's active pairs that belong to the budget's groups."""
+def budget_scores(crosscoder: Crosscoder, code: SparseCode) -> list[Float[Tensor, "pairs"]]:
+    """The scores of a code's active pairs, budget by budget."""
     scores = code.values * crosscoder.gate[code.latents]
-    if len(budget.groups) == len(crosscoder.weights):
-        return scores
-    ranges = [crosscoder.wiring.latent_ranges[i] for i in budget.groups]
-    inside = torch.stack([(code.latents >= first) & (code.latents < last) for first, last in ranges])
-    return scores[inside.any(0)]
+    if len(crosscoder.budgets) == 1:
+        return [scores]
+    owner = torch.empty(crosscoder.num_latents, dtype=torch.int64, device=scores.device)
+    for number, budget in enumerate(crosscoder.budgets):
+        for i in budget.groups:
+            owner[slice(*crosscoder.wiring.latent_ranges[i])] = number
+    of_pair = owner[code.latents]
+    return [scores[of_pair == number] for number in range(len(crosscoder.budgets))]
 
 
 def _cut(scores: Float[Tensor, "pairs"], count: int) -> Tensor:

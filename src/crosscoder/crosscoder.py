@@ -78,9 +78,9 @@ class Crosscoder(nn.Module):
             across_sources=across_sources,
         )
         log_threshold = initialisation.log_threshold(nonlinearity)
-        self.groups = nn.ModuleList(
-            layout.new_weights(*draw(layout.group), log_threshold=log_threshold) for layout in self.layouts
-        )
+        self.weights = [layout.new_weights(*draw(layout.group), log_threshold=log_threshold) for layout in self.layouts]
+        """The groups' parameters, in the wiring's order."""
+        self.groups = nn.ModuleList(self.weights)
         self.bias = nn.Parameter(torch.zeros(wiring.writes.width))
         self.mean: Tensor
         self.scale: Tensor
@@ -109,11 +109,6 @@ class Crosscoder(nn.Module):
     def num_latents(self) -> int:
         """Latents of all groups together."""
         return self.wiring.num_latents
-
-    @property
-    def weights(self) -> list[GroupWeights]:
-        """The groups' parameters, in the wiring's order."""
-        return [group for group in self.groups if isinstance(group, GroupWeights)]
 
     @property
     def gate(self) -> Float[Tensor, "latents"]:

@@ -98,8 +98,11 @@ class GroupLayout:
         """Give the decoder vectors of every latent their mean norm, where norms are tied."""
         if self.group.tied == "norm":
             norms = self.norms(decoder)
-            factor = norms.mean(1, keepdim=True) / norms.clamp(min=torch.finfo(norms.dtype).tiny)
-            decoder.mul_(factor.repeat_interleave(torch.tensor(self.widths, device=decoder.device), dim=1))
+            pointing = (norms > 0).sum(1, keepdim=True)  # a zero vector has no norm to give
+            mean = norms.sum(1, keepdim=True) / pointing.clamp(min=1)
+            factor = mean / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+            for part, own in zip(decoder.split(list(self.widths), dim=1), factor.split(1, dim=1), strict=True):
+                part.mul_(own)
 
     def part(self, weights: GroupWeights, latents: Tensor) -> GroupPart:
         """The weights of those of `latents` that are in this group."""

@@ -90,6 +90,8 @@ def difference(a: Source, b: Source) -> Source:
     >>> difference(Source("chat", "embed", 8), Source("base", "embed", 8)).key
     'chat-base/embed'
     """
+    if a.difference is not None or b.difference is not None:
+        raise SourceMismatch("a difference is of two sources that models have, not of other differences.")
     if a.key == b.key or a.site != b.site or a.width != b.width:
         raise SourceMismatch(
             "a difference needs one site of two models, of one width.",

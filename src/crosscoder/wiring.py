@@ -50,8 +50,11 @@ class LatentGroup:
         if self.num_latents < 1:
             raise WiringError(f"expected at least one latent in group {self.name!r}; got {self.num_latents}.")
         for name in ("reads", "writes", "skip"):
-            if isinstance(getattr(self, name), str):
+            value = getattr(self, name)
+            if isinstance(value, str):
                 raise WiringError(f"expected {name} of group {self.name!r} as a tuple of sources; got one word.")
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
         if self.tied not in (None, "decoder", "norm"):
             raise WiringError(f"expected tied as 'decoder', 'norm' or None in group {self.name!r}; got {self.tied!r}.")
         if not self.reads or not self.writes:
@@ -321,6 +324,8 @@ def dedicated(
             "expected latents exclusive to models that are among the sources.",
             details=[*(f"unknown  {alias}" for alias in unknown), *(f"known    {alias}" for alias in sources.models)],
         )
+    if "shared" in exclusive:
+        raise WiringError("the shared latents' group is called 'shared': give that model another alias.")
     groups = [LatentGroup("shared", shared, sources.keys, sources.keys)]
     for alias, num_latents in exclusive.items():
         own = tuple(source.key for source in sources if source.model == alias)

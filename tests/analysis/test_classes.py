@@ -57,6 +57,10 @@ def test_what_the_wiring_fixed_is_told_from_what_was_learned() -> None:
     assert found.counts_by_wiring == {"a-only": 3, "shared": 4, "elsewhere": 5}
     assert found.relative_norm[:9].tolist() == [0, 0.5, 0, 0, 0, 0.5, 0.5, 0.5, 0.5]
     assert bool(found.relative_norm[9:].isnan().all())
+    assert found.learned("shared").tolist() == [1]
+    assert found.cosine is not None
+    assert found.cosine[2:5].isnan().all() and not found.cosine[:2].isnan().any()
+    assert found.table()["cosine"].to_pylist()[2:5] == [None] * 3
 
 
 def test_unequal_scales_do_not_move_the_classes() -> None:

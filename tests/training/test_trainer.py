@@ -13,6 +13,7 @@ from crosscoder.activations import Batch
 from crosscoder.codes import SparseCode
 from crosscoder.crosscoder import Activity, Crosscoder
 from crosscoder.errors import (
+    ConfigError,
     FileFormatError,
     NonFiniteActivations,
     RunConflict,
@@ -116,6 +117,26 @@ def test_auxk_by_definition_in_one_group() -> None:
     torch.testing.assert_close(losses.auxiliary(cc, x, error, dead=dead, k_aux=2), expected)
 
 
+def test_auxk_shares_its_latents_among_groups() -> None:
+    """The k_aux largest scores of a row over all groups, as in one group with the same weights."""
+    blocks = [LatentGroup(name, 6, SOURCES.keys, SOURCES.keys) for name in "ab"]
+    cc = Crosscoder(Wiring(SOURCES, blocks), TopK(2)).double()
+    one = Crosscoder(acausal(SOURCES, num_latents=12), TopK(2)).double()
+    with torch.no_grad():
+        for name in ("encoder", "decoder"):
+            getattr(one.weights[0], name).copy_(torch.cat([getattr(w, name) for w in cc.weights]))
+    one.settle()
+    x, error = torch.randn(30, 24, dtype=torch.float64), torch.randn(30, 24, dtype=torch.float64)
+    dead = torch.tensor([0, 3, 4, 7, 9, 11])
+    found, expected = (losses.auxiliary(c, x, error, dead=dead, k_aux=2) for c in (cc, one))
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_empty_batch_is_called_one() -> None:
+    with pytest.raises(TextError, match="an empty batch"):
+        trainer().step(torch.zeros(0, SOURCES.width))
+
+
 def test_auxk_alone_moves_dead_latents_and_lets_them_explain_the_error() -> None:
     def train(coefficient: float) -> tuple[Tensor, Tensor, float]:
         cc = Crosscoder(acausal(SOURCES, num_latents=64), TopK(3))
@@ -190,6 +211,10 @@ def test_every_combination_trains_twenty_steps(
     blocks = [LatentGroup("a", 20, SOURCES.keys, SOURCES.keys), LatentGroup("b", 12, SOURCES.keys[:1], SOURCES.keys)]
     wiring = acausal(SOURCES, num_latents=32) if groups == "acausal" else Wiring(SOURCES, blocks)
     extra = LossesConfig(aux=AuxConfig(coefficient=aux, dead_after_tokens=256))
+    if sparsity.kind != "none" and not isinstance(kind, ReLU):
+        with pytest.raises(ConfigError, match="expected none"):
+            Trainer(Crosscoder(wiring, kind), config(20), sparsity=sparsity, losses=extra)
+        return
     t = Trainer(Crosscoder(wiring, kind), config(20), sparsity=sparsity, losses=extra)
     seen = [t.step(b.x) for b in islice(ToyWorld().batches(128), 20)]
     assert float(seen[-1].loss) < float(seen[0].loss)

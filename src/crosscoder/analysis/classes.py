@@ -59,9 +59,9 @@ CUTOFFS: Mapping[str, CutOffs] = MappingProxyType(
 class LatentClasses:
     """Norms, relative norm, cosine and class of every latent between the sources `a` and `b`.
 
-    `cosine` is None where the widths of the sources differ: there is no angle between vectors of two spaces.
-    `by_wiring` says whose norms the wiring fixed: it writes one of the two alone, or has one norm for both. Their class
-    is no finding.
+    `cosine` is None where the widths of the sources differ: there is no angle between vectors of two spaces; it is NaN
+    for a latent that cannot write both. `by_wiring` says whose norms the wiring fixed: it writes one of the two alone,
+    or has one norm for both. Their class is no finding.
     """
 
     a: str
@@ -90,14 +90,18 @@ class LatentClasses:
         """The latents of one class."""
         return (self.class_ids == CLASSES.index(name)).nonzero().squeeze(1)
 
+    def learned(self, name: str) -> Int[Tensor, "some"]:
+        """Those of one class that training put there, not the wiring."""
+        return ((self.class_ids == CLASSES.index(name)) & ~self.by_wiring).nonzero().squeeze(1)
+
     def table(self) -> pa.Table:
         """One row per latent."""
-        cosine = [None] * len(self.norm_a) if self.cosine is None else self.cosine.tolist()
+        cosine = [None] * len(self.norm_a) if self.cosine is None else _or_none(self.cosine)
         return pa.table(
             {
                 "latent": pa.array(range(len(self.norm_a)), pa.int32()),
                 "class": pa.array([CLASSES[i] for i in self.class_ids.tolist()]),
-                "relative_norm": pa.array(self.relative_norm.tolist(), pa.float32()),
+                "relative_norm": pa.array(_or_none(self.relative_norm), pa.float32()),
                 "norm_a": pa.array(self.norm_a.tolist(), pa.float32()),
                 "norm_b": pa.array(self.norm_b.tolist(), pa.float32()),
                 "cosine": pa.array(cosine, pa.float32()),
@@ -159,7 +163,7 @@ def latent_classes(
         norm_a=norm_a,
         norm_b=norm_b,
         relative_norm=relative,
-        cosine=cosine_similarity(rows_a, rows_b, dim=1) if source_a.width == source_b.width else None,
+        cosine=_cosine(rows_a, rows_b, both=writes.all(1)) if source_a.width == source_b.width else None,
         class_ids=_class_ids(cut, cuts, dead=dead, elsewhere=~writes.any(1)),
         by_wiring=~writes.all(1) | _tied(crosscoder).to(norm_a.device),
     )
@@ -212,6 +216,14 @@ def named_cutoffs(cutoffs: str | CutOffs) -> CutOffs:
     if cutoffs not in CUTOFFS:
         raise ConfigError(f"no cut-offs are called {cutoffs!r}.", details=list(CUTOFFS), hint="Name one of these.")
     return CUTOFFS[cutoffs]
+
+
+def _or_none(values: Float[Tensor, "latents"]) -> list[float | None]:
+    return [None if value != value else value for value in values.tolist()]
+
+
+def _cosine(rows_a: Tensor, rows_b: Tensor, *, both: Bool[Tensor, "latents"]) -> Float[Tensor, "latents"]:
+    return torch.where(both, cosine_similarity(rows_a, rows_b, dim=1), torch.nan)
 
 
 def _tied(crosscoder: Crosscoder) -> Bool[Tensor, "latents"]:

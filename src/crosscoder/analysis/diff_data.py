@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from crosscoder.analysis.classes import LatentClasses
 from crosscoder.analysis.label_scores import LabelScores
@@ -18,6 +18,7 @@ from crosscoder.analysis.opened_run import OpenedRun
 from crosscoder.analysis.report import ReportData
 from crosscoder.analysis.tables import read_table
 from crosscoder.errors import UnsupportedSite
+from crosscoder.sources import SourceSet
 
 log = logging.getLogger(__name__)
 NUM_SHOWN = 12
@@ -36,7 +37,11 @@ def report_data(
     """All that the report of one pair needs."""
     norms = classes.relative_norm.cpu().double().numpy()
     usable = statistics["num_active"].to_numpy() >= MIN_ACTIVE
-    most_a, most_b = most_specific(norms, usable, num_shown=NUM_SHOWN)
+    fixed = classes.by_wiring.cpu().numpy()
+    most_a, most_b = most_specific(norms, usable & ~fixed, num_shown=NUM_SHOWN)
+    used = np.where(usable & fixed, statistics["num_active"].to_numpy(), 0)
+    most_a += most_used(used, norms == 0, num_shown=NUM_SHOWN // 2)
+    most_b += most_used(used, norms == 1, num_shown=NUM_SHOWN // 2)
     named = _best_latents(labels)
     shown = list(dict.fromkeys([*most_a, *most_b, *named]))
     return ReportData(
@@ -63,6 +68,14 @@ def most_specific(
     return low, high
 
 
+def most_used(
+    num_active: Int[np.ndarray, "latents"], among: Bool[np.ndarray, "latents"], *, num_shown: int
+) -> list[int]:
+    """The latents active on most rows, of those that are active at all."""
+    order = np.argsort(-num_active, kind="stable")
+    return [int(i) for i in order if among[i] and num_active[i] > 0][:num_shown]
+
+
 def add_class_columns(statistics: pa.Table, classes: LatentClasses) -> pa.Table:
     """The latents' statistics with their class, relative norm and cosine for one pair."""
     of_pair = classes.table()
@@ -84,11 +97,13 @@ def _cards(
         exemplars[row["latent"]].append(row)
     rows = statistics.take(pa.array(latents, pa.int64())).to_pylist()
     promoted, without_lens = _promoted(run, classes, latents)
+    fixed = classes.by_wiring.tolist()
     return {
         latent: LatentCard(
             latent=latent,
             relative_norm=float(classes.relative_norm[latent]),
-            cosine=None if classes.cosine is None else float(classes.cosine[latent]),
+            cosine=None if classes.cosine is None or fixed[latent] else float(classes.cosine[latent]),
+            by_wiring=bool(fixed[latent]),
             statistics=row,
             promoted={source: pieces[latent] for source, pieces in promoted.items()},
             exemplars=sorted(exemplars[latent], key=lambda exemplar: exemplar["rank"]),
@@ -122,8 +137,12 @@ def _facts(run: OpenedRun, classes: LatentClasses) -> dict[str, str]:
     """What was compared, by name."""
     cc, text = run.crosscoder, run.text
     models: Mapping[str, Any] = cc.provenance.get("models", {})
-    sides = {"a": cc.writes[classes.a].model, "b": cc.writes[classes.b].model}
-    facts = {f"{side}: model {alias}": _model(models.get(alias, {})) for side, alias in sides.items()}
+    sides = {"a": SourceSet([cc.writes[classes.a]]), "b": SourceSet([cc.writes[classes.b]])}
+    facts = {
+        f"{side}: model {alias}": _model(models.get(alias, {}))
+        for side, source in sides.items()
+        for alias in source.underlying.models
+    }
     return facts | {
         "crosscoder": f"{cc.num_latents:,} latents, {cc.nonlinearity!r}, {len(cc.writes)} sources",
         "initial weights": _initial_weights(cc.provenance),

@@ -27,6 +27,7 @@ class LatentCard:
     promoted: Mapping[str, Sequence[str]]
     exemplars: Sequence[Mapping[str, Any]]
     without_lens: Mapping[str, str]
+    by_wiring: bool = False
 
     def html(self, *, side: str, number_of_exemplars: int) -> str:
         """The card; `side` is the colour class: a, b or shared."""
@@ -43,6 +44,7 @@ class LatentCard:
     def _facts(self) -> str:
         s = self.statistics
         facts = [f"relative norm {self.relative_norm:.3f}"]
+        facts += ["by its wiring"] if self.by_wiring else []
         facts += [] if self.cosine is None else [f"cosine {self.cosine:.2f}"]
         facts += [f"active on {percent(s['density'])} of rows", f"largest value {s['max_value']:.3g}"]
         by_role = sorted(((s[f"density_{role}"], role) for role in ROLES), reverse=True)

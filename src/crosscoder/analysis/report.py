@@ -130,7 +130,8 @@ def _plots(data: ReportData) -> str:
         drawn.append(_cosine_plot(data))
     drawn.append(_density_plot(data))
     note = (
-        "Decoder norms are of normalised space, in which both sources have the same energy. Dead latents are left out."
+        "Decoder norms are of normalised space, in which both sources have the same energy. Dead latents are left out, "
+        "and those whose norms the wiring fixed."
     )
     return section(
         "Where the latents write", f'<div class="figures">{"".join(drawn)}</div>', identity="norms", note=note
@@ -139,7 +140,8 @@ def _plots(data: ReportData) -> str:
 
 def _norm_plot(data: ReportData) -> str:
     left_out = [CLASSES.index(name) for name in ("dead", "elsewhere")]
-    alive = ~np.isin(data.classes.class_ids.cpu().numpy(), left_out)
+    fixed = data.classes.by_wiring.cpu().numpy()
+    alive = ~np.isin(data.classes.class_ids.cpu().numpy(), left_out) & ~fixed
     norms = data.classes.relative_norm.cpu().numpy()[alive]
     counts = np.histogram(norms[np.isfinite(norms)], _NORM_EDGES)[0]
     centres = (_NORM_EDGES[:-1] + _NORM_EDGES[1:]) / 2
@@ -167,7 +169,7 @@ def _kind(relative_norm: float, cuts: CutOffs) -> str:
 
 def _cosine_plot(data: ReportData) -> str:
     assert data.classes.cosine is not None
-    cosine = data.classes.cosine.cpu().numpy()[data.classes.latents("shared").cpu().numpy()]
+    cosine = data.classes.cosine.cpu().numpy()[data.classes.learned("shared").cpu().numpy()]
     counts = np.histogram(cosine.clip(-1, 1), _COSINE_EDGES)[0]
     drawing = bars(
         counts,
@@ -182,10 +184,11 @@ def _cosine_plot(data: ReportData) -> str:
 
 def _density_plot(data: ReportData) -> str:
     shares: dict[str, np.ndarray] = {}
-    counts = data.classes.counts
+    counts: dict[str, int] = {}
     for name, kind in _KINDS.items():
-        density = data.density[data.classes.latents(name).cpu().numpy()]
-        if counts[name] and (density > 0).any():
+        density = data.density[data.classes.learned(name).cpu().numpy()]
+        counts[name] = len(density)
+        if (density > 0).any():
             found = np.histogram(np.log10(density[density > 0]).clip(-6, 0), _DENSITY_EDGES)[0]
             shares[kind] = found / found.sum()
     drawing = steps(

@@ -182,5 +182,5 @@ def _short(crosscoder: Crosscoder, key: str) -> str:
 
 
 def _mean_cosine(classes: LatentClasses) -> float | None:
-    shared = classes.latents("shared")
+    shared = classes.learned("shared")
     return None if classes.cosine is None or not len(shared) else float(classes.cosine[shared].mean())

@@ -42,7 +42,10 @@ class LatentStatistics:
         return self._counts.sum(0).double() / self.num_rows.sum().clamp(min=1)
 
     def table(self, crosscoder: Crosscoder) -> pa.Table:
-        """One row per latent: densities, values, and decoder norms at every written source in both spaces."""
+        """One row per latent: densities, values, and decoder norms at every written source in both spaces.
+
+        A norm is null where the latent cannot write.
+        """
         counts = self._counts.sum(0)
         columns: dict[str, Tensor] = {
             "density": self.density,
@@ -54,6 +57,10 @@ class LatentStatistics:
         for space in ("normalised", "raw"):
             norms = crosscoder.decoder_norms(space).detach().cpu()
             columns |= {f"norm_{space}/{key}": norms[:, i] for i, key in enumerate(crosscoder.writes.keys)}
-        arrays = {name: pa.array(column.float().numpy()) for name, column in columns.items()}
+        writes = dict(zip(crosscoder.writes.keys, crosscoder.wiring.writes_mask.T, strict=True))
+        arrays = {
+            name: pa.array(column.float().numpy(), mask=None if "/" not in name else ~writes[name.split("/", 1)[1]])
+            for name, column in columns.items()
+        }
         latent, dead = pa.array(range(self.num_latents), pa.int32()), pa.array((counts == 0).numpy())
         return pa.table({"latent": latent, "dead": dead, "num_active": pa.array(counts.numpy())} | arrays)

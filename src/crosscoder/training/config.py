@@ -32,6 +32,7 @@ from crosscoder.training.dictionary_config import (
     TanhSparsity,
     TopKConfig,
     WarmStartConfig,
+    check_penalty,
 )
 from crosscoder.training.settings import Count, Fraction, Settings
 from crosscoder.training.wiring_config import AcausalConfig, SaeConfig, WiringConfig
@@ -214,6 +215,7 @@ class RunConfig(Settings):
             raise ValueError(
                 f"sparsity.kind: expected l1 or tanh with nonlinearity.kind = {self.nonlinearity.kind}; got none"
             )
+        check_penalty(self.nonlinearity.build(), self.sparsity)
         sources = self.source_set(dict.fromkeys(self.harvested_keys, 1))
         wiring = self.wiring.build(sources)
         nonlinearities.check(wiring, self.nonlinearity.build())
@@ -222,6 +224,11 @@ class RunConfig(Settings):
         if self.losses.source_dropout and len(wiring.reads) < 2:
             raise ValueError("losses.source_dropout: one source is read, and without it nothing is left to encode")
         start = self.init.warm_start
+        if self.init.firing_fraction is not None and self.k is not None:
+            raise ValueError(f"init.firing_fraction: under {self.nonlinearity.kind} k decides how often latents fire")
+        if self.k is not None and self.train.k_start is not None:
+            found = nonlinearities.budgets(wiring, self.k)
+            nonlinearities.check_budgets(wiring, nonlinearities.scaled(found, self.train.k_start))
         if start is not None and self.init.firing_fraction is not None:
             raise ValueError("init: warm_start and firing_fraction both set the encoder biases; give one of them")
         for key in start.dictionaries if start is not None else ():

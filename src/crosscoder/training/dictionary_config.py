@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from crosscoder.errors import ConfigError
 from crosscoder.nonlinearities import BatchTopK, CodeNorm, JumpReLU, Nonlinearity, ReLU, TopK
 from crosscoder.training.settings import Count, Fraction, Settings
 
@@ -86,7 +87,9 @@ class TanhSparsity(Settings):
     coefficient: float = Field(gt=0, description="Weight of the penalty in the loss at the end of its warm-up.")
     scale: float = Field(default=4.0, gt=0, description="How fast tanh saturates.")
     preactivation: float = Field(
-        default=3e-6, ge=0, description="Weight of the penalty that pulls silent latents towards their threshold."
+        default=3e-6,
+        ge=0,
+        description="Weight of the penalty that pulls silent latents towards their threshold, under jump_relu.",
     )
     code_norm: CodeNorm = Field(default="sum", description=_CODE_NORM)
     warmup_fraction: Fraction = Field(
@@ -160,6 +163,15 @@ class InitConfig(Settings):
     warm_start: WarmStartConfig | None = Field(
         default=None, description="Autoencoders of single sources to start from; null: random directions."
     )
+
+
+def check_penalty(nonlinearity: Nonlinearity, sparsity: NoSparsity | L1Sparsity | TanhSparsity) -> None:
+    """Raises ConfigError for a penalty under TopK or BatchTopK, where k alone makes codes sparse."""
+    if isinstance(nonlinearity, TopK | BatchTopK) and not isinstance(sparsity, NoSparsity):
+        raise ConfigError(
+            f"sparsity.kind: expected none with nonlinearity.kind = {nonlinearity.kind}; got {sparsity.kind}",
+            hint="There k makes codes sparse; a penalty would only shrink what k keeps.",
+        )
 
 
 NonlinearityConfig = Annotated[BatchTopKConfig | TopKConfig | JumpReLUConfig | ReLUConfig, Field(discriminator="kind")]

@@ -29,6 +29,7 @@ from crosscoder.crosscoder import Activity, Crosscoder
 from crosscoder.errors import SourceMismatch
 from crosscoder.groups import assemble
 from crosscoder.nonlinearities import JumpReLU
+from crosscoder.sources import Source
 from crosscoder.training.config import L1Sparsity, TanhSparsity
 
 
@@ -41,16 +42,15 @@ def sparsity(
     activity: Activity, crosscoder: Crosscoder, config: L1Sparsity | TanhSparsity, *, coefficient: float
 ) -> Float[Tensor, ""]:
     """The penalty with `λ = coefficient`, a schedule's; differentiable in values, decoders and thresholds."""
-    norms = crosscoder.code_norms(config.code_norm)
-    scaled, weights = _scaled_values(activity, norms, penalties(crosscoder))
+    norms, weights = crosscoder.code_norms(config.code_norm), penalties(crosscoder)
     num_rows = max(1, activity.code.num_rows)
     if isinstance(config, L1Sparsity):
-        return coefficient * (scaled * weights).sum() / num_rows
-    penalty = coefficient * (torch.tanh(config.scale * scaled) * weights).sum() / num_rows
+        return coefficient * (_sum_by_latent(activity, crosscoder) @ (norms * weights)) / num_rows
+    penalty = coefficient * _saturating(activity, config.scale * norms, weights) / num_rows
     if activity.pre is None or not isinstance(crosscoder.nonlinearity, JumpReLU):
         return penalty
-    below = torch.relu(crosscoder.thresholds - activity.pre)
-    return penalty + config.preactivation * (below * norms).sum() / num_rows
+    below = torch.relu(crosscoder.thresholds - activity.pre).sum(0)
+    return penalty + config.preactivation * (below @ norms) / num_rows
 
 
 def penalties(crosscoder: Crosscoder) -> Float[Tensor, "latents"]:
@@ -64,17 +64,22 @@ def delta(error: Float[Tensor, "rows writes"], crosscoder: Crosscoder, *, a: str
 
     `error` is packed over `crosscoder.writes`; raises SourceMismatch where the widths of the two differ.
     """
-    writes = crosscoder.writes
-    source_a, source_b = writes.resolve(a), writes.resolve(b)
+    writes, (source_a, source_b) = crosscoder.writes, delta_pair(crosscoder, a, b)
+    scale_a, scale_b = (crosscoder.scale[crosscoder.sources.index(s.key)] for s in (source_a, source_b))
+    ratio = (scale_a / scale_b).sqrt()
+    gap = error[:, writes.slices[source_b.key]] * ratio - error[:, writes.slices[source_a.key]] / ratio
+    return gap.square().sum() / error.shape[0]
+
+
+def delta_pair(crosscoder: Crosscoder, a: str, b: str) -> tuple[Source, Source]:
+    """The two written sources of a delta loss; raises SourceMismatch where their widths differ."""
+    source_a, source_b = crosscoder.writes.resolve(a), crosscoder.writes.resolve(b)
     if source_a.width != source_b.width or source_a == source_b:
         raise SourceMismatch(
             "the delta loss needs two written sources of one width.",
             details=[f"a  {source_a.key}  width {source_a.width}", f"b  {source_b.key}  width {source_b.width}"],
         )
-    scale_a, scale_b = (crosscoder.scale[crosscoder.sources.index(s.key)] for s in (source_a, source_b))
-    ratio = (scale_a / scale_b).sqrt()
-    gap = error[:, writes.slices[source_b.key]] * ratio - error[:, writes.slices[source_a.key]] / ratio
-    return gap.square().sum() / error.shape[0]
+    return source_a, source_b
 
 
 def auxiliary(
@@ -90,21 +95,28 @@ def auxiliary(
     `reads` and `error` are packed over `crosscoder.reads` and `crosscoder.writes`.
     """
     target = error.detach()
-    pieces: list[tuple[int, Tensor]] = []
-    for part in crosscoder.group_parts(dead):
-        pre = torch.addmm(part.bias, part.read(reads), part.encoder.T)
-        score = pre.detach() * part.gate
-        kept = score.topk(min(k_aux, score.shape[1]), dim=1)
-        values = torch.relu(pre.gather(1, kept.indices))
-        f = torch.zeros_like(pre).scatter(1, kept.indices, values)
-        pieces += part.pieces(f @ part.decoder)
+    parts = crosscoder.group_parts(dead)
+    pre = torch.cat([torch.addmm(part.bias, part.read(reads), part.encoder.T) for part in parts], dim=1)
+    score = pre.detach() * torch.cat([part.gate for part in parts])
+    kept = score.topk(min(k_aux, score.shape[1]), dim=1)
+    values = torch.relu(pre.gather(1, kept.indices))
+    f = torch.zeros_like(pre).scatter(1, kept.indices, values).split([len(part.bias) for part in parts], dim=1)
+    pieces = [piece for mine, part in zip(f, parts, strict=True) for piece in part.pieces(mine @ part.decoder)]
     left = assemble((-target).split(list(crosscoder.writes.widths), dim=1), pieces)
     return left.square().sum() / target.shape[0]
 
 
-def _scaled_values(activity: Activity, norms: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """`f_i n_i` and `w_i` where they count: everywhere for dense codes, at the active pairs for sparse ones."""
+def _sum_by_latent(activity: Activity, crosscoder: Crosscoder) -> Float[Tensor, "latents"]:
+    """`Σ_rows f_i`: summing first spares matrices of rows × latents."""
     if activity.f is not None:
-        return activity.f * norms, weights
+        return activity.f.sum(0)
+    values, latents = activity.code.values, activity.code.latents
+    return values.new_zeros(crosscoder.num_latents).index_add(0, latents, values)
+
+
+def _saturating(activity: Activity, scale: Tensor, weights: Tensor) -> Float[Tensor, ""]:
+    """`Σ tanh(scale_i f_i) w_i` over rows and latents."""
+    if activity.f is not None:
+        return torch.tanh(activity.f * scale).sum(0) @ weights
     latents = activity.code.latents
-    return activity.code.values * norms[latents], weights[latents]
+    return (torch.tanh(activity.code.values * scale[latents]) * weights[latents]).sum()

@@ -26,6 +26,7 @@ from crosscoder.capture.models import StudiedModel
 from crosscoder.capture.stream import ActivationStream
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import RunConflict
+from crosscoder.groups import Columns
 from crosscoder.progress import Progress, silent
 from crosscoder.sources import SourceSet, split_key
 from crosscoder.training import checkpoint, normaliser
@@ -124,15 +125,20 @@ def train(
     if directory.finished:
         log.info("%s is finished; nothing is left to do.", directory.path)
         return TrainResult(Crosscoder.load(directory.crosscoder), _last_metrics(directory), directory.path)
+    dictionaries = _dictionaries(run)
     study = Study.open(run, progress=progress)
     stream = study.stream(study.corpus, progress=progress)  # every check of models and text is behind us now
     study.run.dump(directory.config)
     held_out = _analysis_set(study, directory)
     validation = list(_first_rows(study.stream(held_out).contexts(), VALIDATION_ROWS))
-    trainer = _trainer(study, stream, directory, device=device or _best_device(), progress=progress)
+    trainer = _trainer(
+        study, stream, directory, device=device or _best_device(), dictionaries=dictionaries, progress=progress
+    )
     recorder = Recorder(SinkGroup([JsonlSink(), *sinks]), Meter(trainer.crosscoder), validation)
     _loop(trainer, stream, recorder, directory, start=_start(study, trainer, directory))
     crosscoder = trainer.crosscoder.eval()
+    if run.losses.source_dropout:
+        _calibrate_on_whole_rows(crosscoder, stream, batch_size=run.train.batch_size)
     crosscoder.save(directory.crosscoder)
     return TrainResult(crosscoder, recorder.last, directory.path)
 
@@ -151,7 +157,13 @@ def _loop(
 
 
 def _trainer(
-    study: Study, stream: ActivationSource, directory: RunDirectory, *, device: str, progress: Progress
+    study: Study,
+    stream: ActivationSource,
+    directory: RunDirectory,
+    *,
+    device: str,
+    dictionaries: Mapping[str, Crosscoder],
+    progress: Progress,
 ) -> Trainer:
     """A trainer at the newest checkpoint, or at the start with the normaliser fitted."""
     run, crosscoder = study.run, study.new_crosscoder()
@@ -162,7 +174,7 @@ def _trainer(
         fitted = normaliser.fit(study.sources, _take(stream, rows, batch_size=run.train.batch_size, progress=progress))
         stream.load_state_dict(start)
         crosscoder.set_normaliser(fitted.mean.float(), fitted.scale.float())
-        _start_weights(study, crosscoder, stream)
+        _start_weights(study, crosscoder, stream, dictionaries)
         stream.load_state_dict(start)
     trainer = Trainer(crosscoder.to(device), run.train, sparsity=run.sparsity, losses=run.losses, seed=run.seed)
     if latest is not None:
@@ -171,16 +183,28 @@ def _trainer(
     return trainer
 
 
-def _start_weights(study: Study, crosscoder: Crosscoder, stream: ActivationSource) -> None:
+def _dictionaries(run: RunConfig) -> dict[str, Crosscoder]:
+    """The autoencoders that the run starts from, by the names it gives their sources."""
+    start = run.init.warm_start
+    found = {name: RunDirectory(Path(path)) for name, path in (start.dictionaries.items() if start else ())}
+    return {name: Crosscoder.load(run.crosscoder if run.finished else run.path) for name, run in found.items()}
+
+
+def _calibrate_on_whole_rows(crosscoder: Crosscoder, stream: ActivationSource, *, batch_size: int) -> None:
+    """The thresholds of rows with no source hidden; those that followed training are of rows with some."""
+    columns = Columns(crosscoder.sources, crosscoder.reads.keys)
+    batches = _first_rows(stream.batches(batch_size), START_ROWS)
+    crosscoder.calibrate(columns(batch.x.to(crosscoder.bias)) for batch in batches)
+
+
+def _start_weights(
+    study: Study, crosscoder: Crosscoder, stream: ActivationSource, dictionaries: Mapping[str, Crosscoder]
+) -> None:
     """Initial weights beyond random directions, where the run asks for them; needs the normaliser."""
     init = study.run.init
     if init.warm_start is not None:
-        paths = init.warm_start.dictionaries.items()
-        found = {study.sources.resolve(name).key: RunDirectory(Path(path)) for name, path in paths}
-        dictionaries = {
-            key: Crosscoder.load(run.crosscoder if run.finished else run.path) for key, run in found.items()
-        }
-        made = warm_start(crosscoder, dictionaries, similarity=init.warm_start.similarity)
+        named = {study.sources.resolve(name).key: dictionary for name, dictionary in dictionaries.items()}
+        made = warm_start(crosscoder, named, similarity=init.warm_start.similarity)
         log.info(
             "warm start: %d latents taken, %d merged, %d as drawn.", sum(made.taken), sum(made.merged), made.as_drawn
         )

@@ -24,11 +24,14 @@ from crosscoder.activations import ActivationSource, Batch
 from crosscoder.calibration import follow
 from crosscoder.codes import SparseCode
 from crosscoder.crosscoder import Activity, Crosscoder
-from crosscoder.errors import ConfigError, NonFiniteActivations, SourceMismatch, TrainingDiverged
+from crosscoder.errors import ConfigError, NonFiniteActivations, SourceMismatch, TextError, TrainingDiverged
+from crosscoder.groups import Columns
 from crosscoder.nonlinearities import BatchTopK, active_per_row, check_budgets, scaled
 from crosscoder.training import losses, schedules
 from crosscoder.training.config import L1Sparsity, LossesConfig, NoSparsity, TanhSparsity, TrainConfig
 from crosscoder.training.dead import DeadLatents
+from crosscoder.training.dictionary_config import check_penalty
+from crosscoder.training.losses import delta_pair
 
 THRESHOLD_MEMORY = 0.9
 AUX_ROWS = 4
@@ -71,12 +74,15 @@ class Trainer:
     ) -> None:
         if crosscoder.folded_normaliser:
             raise ConfigError("a folded crosscoder is for inference.", hint="Train the one it was folded from.")
+        check_penalty(crosscoder.nonlinearity, sparsity or NoSparsity())
         self.crosscoder = crosscoder
         self.config = config.resolved(k=active_per_row(crosscoder.nonlinearity))
         self.sparsity = sparsity or NoSparsity()
         if self.config.k_start is not None:
             check_budgets(crosscoder.wiring, scaled(crosscoder.budgets, self.config.k_start))
         self.losses = losses or LossesConfig()
+        if self.losses.delta is not None:
+            delta_pair(crosscoder, *self.losses.delta.pair)
         self.aux = self.losses.aux
         self.seed = seed
         self.optimiser = torch.optim.Adam(crosscoder.parameters(), lr=config.learning_rate, fused=True)
@@ -85,10 +91,8 @@ class Trainer:
         self.dead = DeadLatents(crosscoder.num_latents, after_rows=after).to(crosscoder.bias.device)
         self.first_error: float | None = None
         """The reconstruction error of the first step, which divergence is judged by."""
-        self._columns = {
-            side: torch.tensor(crosscoder.sources.columns(keys), device=crosscoder.bias.device)
-            for side, keys in (("reads", crosscoder.reads.keys), ("writes", crosscoder.writes.keys))
-        }
+        self._reads = Columns(crosscoder.sources, crosscoder.reads.keys)
+        self._writes = Columns(crosscoder.sources, crosscoder.writes.keys)
 
     @property
     def num_steps(self) -> int:
@@ -131,9 +135,11 @@ class Trainer:
 
     def step(self, x: Float[Tensor, "rows width"]) -> StepResult:
         """One update on raw activations packed over all sources of the crosscoder."""
+        if not len(x):
+            raise TextError("expected rows to train on; got an empty batch.")
         self.crosscoder.train()
         normalised = self.crosscoder.normalise(x.to(self.crosscoder.bias.device, self.crosscoder.bias.dtype))
-        reads, writes = (normalised.index_select(1, self._columns[side]) for side in ("reads", "writes"))
+        reads, writes = self._reads(normalised), self._writes(normalised)
         activity = self.crosscoder.activity(self._masked(reads), k=self.k)
         error = writes - self._reconstructed(activity, reads)
         errors, sparsity, delta, auxiliary = self._terms(activity, reads, error)
