@@ -25,15 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, isfinite, log, nan, sqrt
-from statistics import mean, stdev
+from math import exp, isfinite, log, nan
+from statistics import mean
 from typing import Any, Literal
 
 import numpy as np
+from verdicts import FEWEST, interval
 
-T_975 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Student's t, 97.5 %, by degrees of freedom."""
-FEWEST = 3
 LEVELS = 9
 
 Cell = Mapping[str, Any]
@@ -196,8 +194,8 @@ def decide(finding: Finding, cells: Cells, seeds: Sequence[int]) -> Verdict:
     shown, ends = tuple(unit(v) for v in found), _ends(finding, cells, seeds)
     if len(found) < FEWEST:
         return Verdict(finding, shown, middle, None, "inconclusive", ends)
-    half = T_975[len(found) - 1] * stdev(found) / sqrt(len(found))
-    low, high = unit(mean(found) - half), unit(mean(found) + half)
+    _, lowest, highest = interval(found)
+    low, high = unit(lowest), unit(highest)
     word = "confirmed" if low > finding.effect else "refuted" if high < finding.effect else "inconclusive"
     return Verdict(finding, shown, middle, (low, high), word, ends)
 

@@ -1,27 +1,29 @@
 """Findings of the literature, registered before the runs that decide them, and the rule that decides.
 
 A finding says which number should be on which side of which effect. The number is a measure of one kind of cell, or the
-difference of two, of the same seed (so of the same world, rows and initial weights). Over at least three seeds, with
-mean m, standard deviation s and Student's t for n − 1 degrees of freedom, the interval is `m ± t₀.₉₇₅ s/√n`:
+difference of two, of the same seed (so of the same world, rows and initial weights). With the interval over seeds of
+`verdicts.py`:
 
     confirmed       the whole interval is beyond the effect, on the side that the finding says
     refuted         the whole interval is on the other side of the effect
     inconclusive    the interval holds the effect, or the number is undefined in more than n − 3 seeds
 
 A ratio of densities is taken as a logarithm. What is undefined (a density of no latents) is left out, and counted.
+Seeds that agree to the last digit give an interval of no width; where the number is a fraction of concepts (`trials`),
+Wilson's interval of the pooled count takes its place. This was added after the first report, and weakened one verdict.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, isfinite, log, nan, sqrt
-from statistics import mean, stdev
+from math import exp, isfinite, log, nan
 from typing import Any, Literal
 
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Student's t, 97.5 %, by degrees of freedom."""
-FEWEST = 3
+from verdicts import FEWEST, interval
+
+from crosscoder.synthetic.curves import wilson
+
 SECOND_SEEDS = tuple(range(10, 18))
 """Fresh seeds of a second round, registered when the first had left findings open, before any of them was trained."""
 
@@ -68,6 +70,10 @@ class Finding:
     minus: Measure | None = None
     log_scale: bool = False
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    trials: int | None = None
+    """Concepts per seed that the number is a fraction of, where it is one."""
+    per: float = 1.0
+    """What the fraction is multiplied by."""
 
     def numbers(self, cells: Cells) -> list[float]:
         """The number of every seed, on the scale of the effect before any logarithm is undone."""
@@ -102,20 +108,14 @@ class Verdict:
         return registered | numbers | {"verdict": self.verdict}
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95 % t interval of the finite values; NaN for fewer than two."""
-    finite = [value for value in values if isfinite(value)]
-    if len(finite) < 2:
-        return (finite[0] if finite else nan), nan, nan
-    middle, half = mean(finite), T_975[len(finite) - 1] * stdev(finite) / sqrt(len(finite))
-    return middle, middle - half, middle + half
-
-
 def judge(finding: Finding, cells: Cells) -> Verdict:
     """The verdict by the rule above."""
     numbers = finding.numbers(cells)
     defined = sum(isfinite(number) for number in numbers)
     middle, low, high = interval(numbers)
+    if low == high and finding.trials is not None:
+        number = finding.trials * defined
+        low, high = (finding.per * end for end in wilson(round(middle / finding.per * number), number))
     effect = log(finding.effect) if finding.log_scale else finding.effect
     above, below = low > effect, high < effect
     verdict: Literal["confirmed", "refuted", "inconclusive"] = "inconclusive"
@@ -217,6 +217,8 @@ FINDINGS = (
         1.0,
         minus=Measure("overcomplete", "plain", "batchtopk", "decoupled_per_100", cuts="minder"),
         seeds=(0, 1, 2),
+        trials=300,
+        per=100.0,
     ),
     Finding(
         "6a narrow concepts are missed",
@@ -235,6 +237,7 @@ FINDINGS = (
         "above",
         0.9,
         seeds=(0, 1, 2),
+        trials=8,
     ),
     Finding(
         "5a again",

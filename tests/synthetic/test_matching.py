@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crosscoder.crosscoder import Crosscoder
-from crosscoder.errors import SourceMismatch
+from crosscoder.errors import NonFiniteActivations, SourceMismatch
 from crosscoder.nonlinearities import TopK
 from crosscoder.sources import Source, SourceSet
 from crosscoder.synthetic import assign, cosines, match, matching
@@ -82,6 +82,13 @@ def test_one_half_of_a_shared_concept_is_not_the_concept() -> None:
     with torch.no_grad():
         cc.weights[0].decoder[: WORLD.truth.num_concepts, : WORLD.sources.widths[0]] = 0
     assert torch.allclose(cosines(cc, WORLD.truth)[shared, shared], torch.full((len(shared),), 0.5**0.5), atol=0.07)
+
+
+def test_a_decoder_that_is_not_a_number_is_refused() -> None:
+    similarity = torch.rand(5, 4)
+    similarity[2, 1] = torch.nan
+    with pytest.raises(NonFiniteActivations, match="that are numbers"):
+        match(similarity)
 
 
 def test_unknown_sources_are_refused() -> None:

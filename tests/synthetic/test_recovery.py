@@ -12,11 +12,13 @@ from crosscoder.errors import SourceMismatch
 from crosscoder.synthetic import (
     CUTS,
     VERDICTS,
+    ConceptWorld,
     ExclusiveRecovery,
     densities,
     exclusive_recovery,
     exclusivity,
     firing_density,
+    null_world,
     recall_by_frequency,
     span_recovery,
 )
@@ -130,8 +132,9 @@ def test_dead_latents_are_left_out() -> None:
 
 
 def test_a_world_without_exclusive_concepts_has_no_recall() -> None:
-    found = exclusive_recovery(planted(LAYERS, scale=(1.0,) * 5), LAYERS.truth, a=_layer(0), b=_layer(1))
-    assert not math.isnan(found.recall)
+    nothing_differs = ConceptWorld(null_world("same"))
+    found = exclusive_recovery(planted(nothing_differs), nothing_differs.truth, a="base", b="chat")
+    assert math.isnan(found.recall) and found.num_called == 0
     nothing = torch.zeros(TRUTH.num_concepts + 3)
     assert math.isnan(recovery(planted(), density=nothing).precision)
 

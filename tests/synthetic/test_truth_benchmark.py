@@ -41,6 +41,42 @@ def test_the_rule(values: list[float | None], direction: str, verdict: str, monk
     assert findings.judge(finding, cells_with(values)).verdict == verdict
 
 
+def test_seeds_that_agree_exactly_are_judged_by_their_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 of 24 does not prove nine in ten (Wilson's lower end is .862); 240 of 240 does (.984)."""
+    findings = module("truth_findings", monkeypatch)
+    measure = findings.Measure("x", "plain", "l1", "recall")
+    for trials, verdict in ((8, "inconclusive"), (80, "confirmed"), (None, "confirmed")):
+        finding = findings.Finding("n", "c", "s", measure, "above", 0.9, seeds=(0, 1, 2), trials=trials)
+        assert findings.judge(finding, cells_with([1.0] * 3)).verdict == verdict
+    none_of_many = findings.Finding("n", "c", "s", measure, "above", 1.0, seeds=(0, 1, 2), trials=300, per=100.0)
+    found = findings.judge(none_of_many, cells_with([0.0] * 3))
+    assert (found.verdict, found.high) == ("refuted", pytest.approx(0.425, abs=1e-3))
+
+
+def test_sizes_are_compared_where_both_curves_have_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the latents at every loss: a ratio of 2, confirmed above 1.5, refuted above 3; none where curves miss."""
+    findings = module("layers_findings", monkeypatch)
+
+    def cells(shift: float) -> list[dict[str, object]]:
+        return [
+            {
+                "sparsity": "l1",
+                "wiring": wiring,
+                "seed": seed,
+                "loss": loss + at + 0.001 * seed * size,
+                "num_latents": size,
+            }
+            for wiring, factor, at in (("per_source", 2, shift), ("acausal", 1, 0.0))
+            for seed in range(3)
+            for size, loss in ((factor * 100, 3.0), (factor * 200, 2.0), (factor * 400, 1.0))
+        ]
+
+    measure = findings.EqualLoss("num_latents", "per_source", "acausal")
+    ratio = measure.value(cells(0.0), 0)
+    assert exp(ratio) == pytest.approx(2)
+    assert isnan(measure.value(cells(10.0), 0))
+
+
 def test_the_interval_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """1, 2, 3: mean 2, standard deviation 1, t 4.303, so 2 ± 2.484."""
     interval = module("truth_findings", monkeypatch).interval

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosscoder.crosscoder import Crosscoder
-from crosscoder.errors import SourceMismatch
+from crosscoder.errors import NonFiniteActivations, SourceMismatch
 from crosscoder.synthetic.truth import Truth
 
 
@@ -112,8 +112,13 @@ def assign(
     """Rows and columns of the one-to-one matching with the largest total; all of the shorter side is matched.
 
     Shortest augmenting paths with dual prices (Jonker & Volgenant 1987; Crouse 2016), one path for each row of the
-    shorter side, each in O(rows · columns).
+    shorter side, each in O(rows · columns). Raises NonFiniteActivations for similarities that are not numbers.
     """
+    if not np.isfinite(similarity).all():
+        raise NonFiniteActivations(
+            "expected similarities that are numbers; some are NaN or infinite.",
+            hint="A decoder that holds NaN comes of training that diverged.",
+        )
     if similarity.shape[0] > similarity.shape[1]:
         columns, rows = assign(similarity.T)
         return rows, columns
