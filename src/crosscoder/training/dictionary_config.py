@@ -141,7 +141,7 @@ class WarmStartConfig(Settings):
         min_length=1, description="Source, as alias/site, to the run, directory or Hub id of its autoencoder."
     )
     similarity: float = Field(
-        default=0.7, gt=0, le=1, description="Cosine above which latents of two sources become one."
+        default=0.7, gt=0, le=1, description="Correlation of values above which latents of two sources become one."
     )
 
 

@@ -42,7 +42,9 @@ from crosscoder.training.warm_start import warm_start
 log = logging.getLogger(__name__)
 VALIDATION_ROWS = 16_384
 START_ROWS = 32_768
-"""Training rows that data-driven biases are set on."""
+"""Training rows that data-driven biases and final thresholds are set on."""
+WARM_ROWS = 4096
+"""Training rows on which latents of several autoencoders are compared."""
 
 
 @dataclass(frozen=True)
@@ -204,13 +206,18 @@ def _start_weights(
     init = study.run.init
     if init.warm_start is not None:
         named = {study.sources.resolve(name).key: dictionary for name, dictionary in dictionaries.items()}
-        made = warm_start(crosscoder, named, similarity=init.warm_start.similarity)
+        rows = _rows(stream, WARM_ROWS)
+        made = warm_start(crosscoder, named, similarity=init.warm_start.similarity, rows=rows)
         log.info(
             "warm start: %d latents taken, %d merged, %d as drawn.", sum(made.taken), sum(made.merged), made.as_drawn
         )
     if init.firing_fraction is not None:
-        rows = torch.cat([batch.x for batch in _first_rows(stream.batches(START_ROWS // 8), START_ROWS)])
-        set_firing_fraction(crosscoder, rows, init.firing_fraction)
+        set_firing_fraction(crosscoder, _rows(stream, START_ROWS), init.firing_fraction)
+
+
+def _rows(stream: ActivationSource, num_rows: int) -> Float[Tensor, "rows width"]:
+    """About that many training rows at once."""
+    return torch.cat([batch.x for batch in _first_rows(stream.batches(num_rows // 8), num_rows)])
 
 
 def _take(
