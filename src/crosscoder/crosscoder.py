@@ -88,8 +88,6 @@ class Crosscoder(nn.Module):
         self.register_buffer("scale", torch.ones(len(wiring.sources)))
         self.settle()
 
-    # -- what it reads, writes and has ------------------------------------------------------------------------------
-
     @property
     def sources(self) -> SourceSet:
         """All sources of the wiring; `normalise` and the trainer take rows packed over these."""
@@ -135,8 +133,6 @@ class Crosscoder(nn.Module):
             )
         return thresholds
 
-    # -- encode and decode ------------------------------------------------------------------------------------------
-
     def forward(self, x: Float[Tensor, "rows reads"]) -> Float[Tensor, "rows writes"]:
         """Raw packed reads to raw packed reconstructions."""
         return self.decode(self.encode(x), x)
@@ -180,8 +176,6 @@ class Crosscoder(nn.Module):
         pattern = Pattern(pointers(found.rows, num_rows=x.shape[0]), found.latents, self.num_latents)
         return Activity(SparseCode.of(pattern, self._attach(parts, found, pattern)))
 
-    # -- normaliser, gate, threshold --------------------------------------------------------------------------------
-
     def normalise(self, x: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
         """`x̃` of rows packed over all sources; the rows themselves once the normaliser is folded in."""
         self._check_width(x, self.sources, "sources")
@@ -221,8 +215,6 @@ class Crosscoder(nn.Module):
         """The weights of `latents` (sorted), group by group, for work on a few latents only; empty parts left out."""
         parts = [layout.part(weights, latents) for weights, layout in zip(self.weights, self.layouts, strict=True)]
         return [part for part in parts if part.bias.shape[0]]
-
-    # -- norms, folding, files --------------------------------------------------------------------------------------
 
     def code_norms(self, kind: CodeNorm = "sum") -> Float[Tensor, "latents"]:
         """The code norm of every latent in the stored space; differentiable in the decoders."""
@@ -275,8 +267,6 @@ class Crosscoder(nn.Module):
         if sources == self.sources:
             return self.mean
         return self.mean[torch.tensor(self.sources.columns(sources.keys), device=self.mean.device)]
-
-    # -- parts ------------------------------------------------------------------------------------------------------
 
     def _jumped(self, pre: Tensor) -> Tensor:
         assert isinstance(self.nonlinearity, JumpReLU), "only ReLU and JumpReLU are computed densely"

@@ -31,16 +31,17 @@ def weights(
 
     Without a seed both are zero: for weights that come from elsewhere, drawing is the slowest part of loading.
     """
+    stored = group.writes[:1] if group.tied == "decoder" else group.writes
     if seed is None:
-        writes = group.writes[:1] if group.tied == "decoder" else group.writes
-        reads, stored = (sources.subset(keys).width for keys in (group.reads, writes))
-        return torch.zeros(group.num_latents, reads), torch.zeros(group.num_latents, stored)
+        widths = (sources.subset(keys).width for keys in (group.reads, stored))
+        encoder, decoder = (torch.zeros(group.num_latents, width) for width in widths)
+        return encoder, decoder
     across = "same" if group.tied == "decoder" else across_sources
     drawn = {
         keys: rows(group, keys=keys, sources=sources, seed=seed, decoder_norm=decoder_norm, across_sources=across)
-        for keys in {group.reads, group.writes if group.tied != "decoder" else group.writes[:1]}
+        for keys in {group.reads, stored}
     }
-    return drawn[group.reads].clone(), drawn[group.writes if group.tied != "decoder" else group.writes[:1]]
+    return drawn[group.reads].clone(), drawn[stored]
 
 
 def log_threshold(nonlinearity: Nonlinearity) -> float | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from crosscoder.activations import Batch
 from crosscoder.codes import SparseCode
 from crosscoder.crosscoder import Crosscoder
+from crosscoder.groups import Columns
 
 
 class ReconstructionStatistics:
@@ -35,21 +36,19 @@ class ReconstructionStatistics:
         self._sum = torch.zeros(crosscoder.writes.width, dtype=torch.float64, device=device)
         self._ratio = torch.zeros(2, dtype=torch.float64, device=device)  # sum of ratios, rows that have one
         self._fired = torch.zeros(crosscoder.num_latents, dtype=torch.int64, device=device)
-        self._reads = _columns(crosscoder, crosscoder.reads.keys)
-        self._writes = _columns(crosscoder, crosscoder.writes.keys)
-        scale = crosscoder.scale[[crosscoder.sources.index(key) for key in crosscoder.writes.keys]]
-        widths = torch.tensor(crosscoder.writes.widths, device=device)
-        self._scale = scale.repeat_interleave(widths)
+        self._reads = Columns(crosscoder.sources, crosscoder.reads.keys)
+        self._writes = Columns(crosscoder.sources, crosscoder.writes.keys)
+        self._scale = crosscoder.scale_columns(crosscoder.writes)
 
     @torch.no_grad()
     def update(self, x: Float[Tensor, "rows width"]) -> SparseCode:
         """Encode and decode raw rows packed over `crosscoder.sources`, add them to the sums, and give their code."""
         x = x.to(self.crosscoder.mean)
-        target = x[:, self._writes]
-        reads = x[:, self._reads]
+        target = self._writes(x)
+        reads = self._reads(x)
         code = self.crosscoder.encode(reads)
         error = (target - self.crosscoder.decode(code, reads)) * self._scale
-        self.add((target - self.crosscoder.mean[self._writes]) * self._scale, error=error, code=code)
+        self.add((target - self._writes(self.crosscoder.mean)) * self._scale, error=error, code=code)
         return code
 
     def add(self, x: Float[Tensor, "rows writes"], *, error: Float[Tensor, "rows writes"], code: SparseCode) -> None:
@@ -122,10 +121,3 @@ def validate(crosscoder: Crosscoder, batches: Iterable[Batch]) -> dict[str, floa
         "dead_fraction": statistics.dead_fraction,
         **{f"fve/{key}": value for key, value in statistics.fve_per_source.items()},
     }
-
-
-def _columns(crosscoder: Crosscoder, keys: tuple[str, ...]) -> slice | Tensor:
-    """The packed columns of some sources; a slice where they are all."""
-    if keys == crosscoder.sources.keys:
-        return slice(None)
-    return torch.tensor(crosscoder.sources.columns(keys), device=crosscoder.mean.device)

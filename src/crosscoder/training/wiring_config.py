@@ -223,7 +223,7 @@ class DedicatedConfig(OverSources):
         return made.over(sources)
 
 
-OneWiring = Annotated[
+_Constructors = (
     AcausalConfig
     | SaeConfig
     | TranscoderConfig
@@ -234,9 +234,9 @@ OneWiring = Annotated[
     | LocalConfig
     | PrePostMlpConfig
     | DesignatedSharedConfig
-    | DedicatedConfig,
-    Field(discriminator="kind"),
-]
+    | DedicatedConfig
+)
+OneWiring = Annotated[_Constructors, Field(discriminator="kind")]
 
 
 class CombineConfig(Settings):
@@ -256,19 +256,4 @@ def _combines(value: Any) -> Any:
     return {"kind": "combine", **value} if isinstance(value, dict) and "combine" in value else value
 
 
-WiringConfig = Annotated[
-    AcausalConfig
-    | SaeConfig
-    | TranscoderConfig
-    | PerSourceConfig
-    | WeaklyCausalConfig
-    | StrictlyCausalConfig
-    | MixedConfig
-    | LocalConfig
-    | PrePostMlpConfig
-    | DesignatedSharedConfig
-    | DedicatedConfig
-    | CombineConfig,
-    Field(discriminator="kind"),
-    BeforeValidator(_combines),
-]
+WiringConfig = Annotated[_Constructors | CombineConfig, Field(discriminator="kind"), BeforeValidator(_combines)]
