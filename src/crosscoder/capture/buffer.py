@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosscoder.activations import Batch, Rows
@@ -29,16 +29,16 @@ class RowBuffer:
         """Forget all rows."""
         self.num_rows = 0
 
-    def append(self, batch: Batch) -> None:
-        """Add the rows of `batch`, which must know where they lie."""
-        assert batch.rows is not None
-        start, self.num_rows = self.num_rows, self.num_rows + len(batch.x)
-        self._x[start : self.num_rows] = batch.x
+    def reserve(self, rows: Rows) -> Float[Tensor, "rows width"]:
+        """Room for as many more rows, which lie where `rows` says: to be written before any row is taken."""
+        start, self.num_rows = self.num_rows, self.num_rows + len(rows.position)
         for name, column in self._places.items():
-            column[start : self.num_rows] = getattr(batch.rows, name)
+            place = getattr(rows, name)
+            column[start : self.num_rows].copy_(place, non_blocking=place.is_pinned())
+        return self._x[start : self.num_rows]
 
     def take(self, chosen: Int[Tensor, "rows"]) -> Batch:
-        """The chosen rows, in fp32."""
+        """The chosen rows, in fp32; the choice is best made on the buffer's own device."""
         chosen = chosen.to(self._x.device)
         places = {name: column[chosen].long() for name, column in self._places.items()}
         return Batch(self._x[chosen].float(), Rows(**places))

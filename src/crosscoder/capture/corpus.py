@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,7 +48,7 @@ class Corpus:
         self.tokenizer = tokenizer
         self.seed = seed
         self.datasets = tuple(DocumentSet(dataset) for dataset in config.mix)
-        self.encoder = Encoder(tokenizer, config.drop)
+        self.encoder = Encoder(deepcopy(tokenizer), config.drop)  # used by threads, while its owner may change his
 
     @property
     def context_length(self) -> int:

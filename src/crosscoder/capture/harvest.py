@@ -1,26 +1,30 @@
 """Contexts in, rows out: the forward passes of a stream.
 
-Contexts of similar length go through the models together, padded on the right, about `batch_tokens` tokens at a time.
-All sites of one model are read in one forward. Padding and dropped tokens never become rows.
+Contexts of similar length go through the models together (see `padding`), about `batch_tokens` tokens at a time. All
+sites of one model are read in one forward. Padding and dropped tokens never become rows, and a causal model is not
+told of padding: no token sees what comes after it, and attention without a mask is faster. Nothing here makes the CPU
+wait for a GPU but `finish`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
-import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from crosscoder.activations import Batch, Rows
-from crosscoder.capture.contexts import Context
+from crosscoder.capture.carrying import Carrier
 from crosscoder.capture.models import StudiedModel
+from crosscoder.capture.padding import NumberedContext, Padded, padded_batches
 from crosscoder.errors import NonFiniteActivations, SourceMismatch, UnknownSource
 from crosscoder.sources import Source, SourceSet
 
-NumberedContext = tuple[int, Context]
+CPU_TOKENS = 2048
+"""Tokens of a forward pass on the CPU, where more of them leave the cache (`benchmarks/capture.py`)."""
 
 
 @dataclass(frozen=True)
@@ -31,58 +35,50 @@ class Harvest:
     sources: SourceSet
     batch_tokens: int
     dtype: torch.dtype
+    _carrier: Carrier = field(default_factory=Carrier)
 
     @property
     def device(self) -> torch.device:
         """Where rows are put."""
         return self.models[self.sources.models[0]].device
 
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens of one forward pass: `batch_tokens`, or fewer where models run on the CPU."""
+        on_cpu = all(model.device.type == "cpu" for model in self.models.values())
+        return min(self.batch_tokens, CPU_TOKENS) if on_cpu else self.batch_tokens
+
     def rows(self, contexts: Sequence[NumberedContext]) -> Iterator[Batch]:
         """All rows of `contexts`, one Batch per forward pass, the longest contexts first."""
-        for group in self._groups(contexts):
-            batch = self._forward(group)
-            if len(batch.x) > 0:
-                yield batch
+        for batch in padded_batches(contexts, most_tokens=self.forward_tokens):
+            x = torch.empty(batch.num_rows, self.sources.width, dtype=self.dtype, device=self.device)
+            finite = self.read(batch, x)
+            self.finish([finite])
+            columns = (batch.rows.context, batch.rows.position, batch.rows.role)
+            yield Batch(x, Rows(*(column.to(self.device) for column in columns)))
 
-    def _groups(self, contexts: Sequence[NumberedContext]) -> Iterator[list[NumberedContext]]:
-        """Contexts of similar length, so that padded they hold at most `batch_tokens` tokens (or are one context)."""
-        group: list[NumberedContext] = []
-        for numbered in sorted(contexts, key=lambda numbered: -len(numbered[1])):
-            longest = len(group[0][1]) if group else 0
-            if group and longest * (len(group) + 1) > self.batch_tokens:
-                yield group
-                group = []
-            group.append(numbered)
-        if group:
-            yield group
+    def read(self, batch: Padded, x: Float[Tensor, "rows width"]) -> Bool[Tensor, "sources"]:
+        """Writes the rows of a forward pass into `x`, and gives which sources are finite there.
 
-    def _forward(self, group: Sequence[NumberedContext]) -> Batch:
-        lengths = np.array([len(context) for _, context in group])
-        shape = len(group), int(lengths.max())
-        real = np.arange(shape[1]) < lengths[:, None]
-        ids, kept = _padded(group, "ids", real), _padded(group, "kept", real)
-        mask = None if real.all() else torch.from_numpy(real).long()
-        picked = torch.from_numpy(kept.reshape(-1).nonzero()[0])
-        x = torch.empty(len(picked), self.sources.width, dtype=self.dtype, device=self.device)
+        On a GPU both are still under way; `finish` comes before either is used.
+        """
+        finite: dict[str, Tensor] = {}
         for alias in self.sources.models:
-            self._read_model(alias, torch.from_numpy(ids).long(), mask, picked, x)
-        numbers = np.array([number for number, _ in group])
-        context, position = np.divmod(picked.numpy(), shape[1])
-        role = _padded(group, "roles", real).reshape(-1)[picked.numpy()]
-        columns = (torch.from_numpy(column).to(self.device) for column in (numbers[context], position, role))
-        return Batch(x, Rows(*columns))
+            own = [source for source in self.sources if source.model == alias]
+            mask = None if self.models[alias].is_causal else batch.mask
+            seen = self.models[alias].read([source.site for source in own], batch.ids, attention_mask=mask)
+            for source in own:
+                activations = _picked(seen[source.site].flatten(0, 1), batch.picked)
+                finite[source.key] = _all_finite(activations).to(self.device, non_blocking=True)
+                self._carrier.carry(activations, x[:, self.sources.slices[source.key]])
+        return torch.stack([finite[source.key] for source in self.sources])
 
-    def _read_model(self, alias: str, ids: Tensor, mask: Tensor | None, picked: Tensor, x: Tensor) -> None:
-        """Writes the columns of one model's sources into `x`."""
-        own = [source for source in self.sources if source.model == alias]
-        seen = self.models[alias].read([source.site for source in own], ids, attention_mask=mask)
-        for source in own:
-            activations = seen[source.site].flatten(0, 1)
-            columns = x[:, self.sources.slices[source.key]]
-            columns.copy_(
-                activations if len(picked) == len(activations) else activations[picked.to(activations.device)]
-            )
-            if not bool(columns.isfinite().all()):
+    def finish(self, finite: Sequence[Bool[Tensor, "sources"]]) -> None:
+        """Has rows that were read ready for use; raises NonFiniteActivations where one of them is not a number."""
+        self._carrier.finish()
+        whole = torch.stack(list(finite)).all(0).tolist() if finite else []
+        for source, good in zip(self.sources, whole, strict=False):
+            if not good:
                 raise self._non_finite(source)
 
     def _non_finite(self, source: Source) -> NonFiniteActivations:
@@ -117,9 +113,12 @@ def storage_dtype(models: Mapping[str, StudiedModel]) -> torch.dtype:
     return reduce(torch.promote_types, (studied.dtype for studied in models.values()))
 
 
-def _padded(group: Sequence[NumberedContext], column: str, real: np.ndarray) -> np.ndarray:
-    """One column of all contexts, side by side, 0 where there is no token."""
-    values = [getattr(context.tokens, column) for _, context in group]
-    padded = np.zeros(real.shape, dtype=values[0].dtype)
-    padded[real] = np.concatenate(values)
-    return padded
+def _picked(activations: Tensor, picked: Tensor | None) -> Tensor:
+    if picked is None:
+        return activations
+    return activations[picked.to(activations.device, non_blocking=picked.is_pinned())]
+
+
+def _all_finite(activations: Tensor) -> Bool[Tensor, ""]:
+    """Whether every value is finite: `x − x` is 0 where it is, and NaN elsewhere."""
+    return (activations - activations).sum().isfinite()

@@ -21,7 +21,7 @@ from crosscoder.capture.fingerprints import vocabulary_hash, weights_hash
 from crosscoder.capture.huggingface import PreTrainedModel, Tokenizer
 from crosscoder.capture.loading import ModelConfig, load_model, load_tokenizer
 from crosscoder.capture.positions import PositionTracker, padded_positions
-from crosscoder.capture.selfcheck import check_sites, check_unembedding
+from crosscoder.capture.selfcheck import check_sites, check_unembedding, sees_no_later_token
 from crosscoder.capture.taps import rewrite, watch
 from crosscoder.errors import SourceMismatch, UnsupportedSite
 from crosscoder.sources import Source, canonical_site
@@ -94,6 +94,12 @@ class StudiedModel:
     def source(self, site: str) -> Source:
         """`site` of this model as a source, with its width."""
         return Source(self.alias, site, self.width(site))
+
+    @cached_property
+    def is_causal(self) -> bool:
+        """Whether no position sees a later one, proved to the last bit; padding on the right then needs no mask."""
+        deepest = self.sites()[-1]
+        return sees_no_later_token(self.model, lambda ids: self.read([deepest], ids)[deepest])
 
     @cached_property
     def identity(self) -> dict[str, str | None]:
@@ -226,14 +232,19 @@ class StudiedModel:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _inputs(self, input_ids: Tensor, attention_mask: Tensor | None, past_key_values: Any) -> dict[str, Any]:
-        given: dict[str, Any] = {"input_ids": input_ids.to(self.device)}
+        given: dict[str, Any] = {"input_ids": _sent(input_ids, self.device)}
         if attention_mask is not None:
-            given["attention_mask"] = attention_mask.to(self.device)
+            given["attention_mask"] = _sent(attention_mask, self.device)
             if "position_ids" in self._parameters and not self.architecture.family.encoder:
                 given["position_ids"] = padded_positions(given["attention_mask"])[:, -input_ids.shape[1] :]
         if "use_cache" in self._parameters:
             given["use_cache"] = past_key_values is not None
         return given if past_key_values is None else {**given, "past_key_values": past_key_values}
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; the CPU does not wait where it lies in pinned memory."""
+    return tensor.to(device, non_blocking=tensor.is_pinned())
 
 
 def _recorder(seen: dict[str, Tensor], site: str, stop_after: set[str]) -> Callable[[Tensor], None]:

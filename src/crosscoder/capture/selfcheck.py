@@ -53,6 +53,17 @@ def check_unembedding(model: PreTrainedModel, architecture: Architecture, unembe
         )
 
 
+def sees_no_later_token(model: PreTrainedModel, read: Callable[[Tensor], Tensor]) -> bool:
+    """Whether changing the last token leaves `read(input_ids)` at all earlier positions as it was, to the last bit.
+
+    A model that mixes positions by causal attention alone passes; where arithmetic alone makes a difference it is
+    taken not to.
+    """
+    tokens = _tokens(model)[:1]
+    changed = torch.cat([tokens[:, :-1], tokens[:, :1]], dim=1)
+    return torch.equal(read(tokens)[:, :-1], read(changed)[:, :-1])
+
+
 def _tokens(model: PreTrainedModel) -> Tensor:
     vocabulary = model.config.get_text_config().vocab_size
     return (torch.arange(12) * 37 + 5).remainder(min(vocabulary, 1000)).view(2, 6).to(model.device)

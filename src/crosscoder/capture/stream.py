@@ -8,6 +8,9 @@ A batch may end one fill and begin the next, so every row of a fill is served ex
 stream is (the text's place at the start of the fill, the fill's number, rows served) and belongs to the last batch
 that was delivered; permutations depend on (seed, fill, pass) alone, so resuming replays at most one fill and gives the
 same batches.
+
+Text is read, tokenised and padded by a thread of its own, ahead of the models. Where it has got to is nobody's place:
+places are those of fills that were served, and going elsewhere starts another thread there. It ends with the stream.
 """
 
 from __future__ import annotations
@@ -21,14 +24,16 @@ from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 from crosscoder.activations import Batch, Rows, State
+from crosscoder.capture.ahead import Ahead
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.buffer import RowBuffer, bytes_per_row
 from crosscoder.capture.corpus import Corpus
+from crosscoder.capture.fills import FillPlan, Stretch
 from crosscoder.capture.harvest import Harvest, check_sources, storage_dtype
 from crosscoder.capture.models import StudiedModel
 from crosscoder.capture.readers import reader_of
 from crosscoder.capture.vocabularies import check_vocabularies
-from crosscoder.errors import ConfigError, RunConflict, TextError
+from crosscoder.errors import ConfigError, RunConflict
 from crosscoder.progress import Progress, silent
 from crosscoder.sources import SourceSet
 
@@ -36,8 +41,8 @@ _log = logging.getLogger(__name__)
 
 _POOL = 64
 """Contexts are sorted by length among this many forward batches."""
-_BARREN = 1000
-"""So many contexts without a single row are an error."""
+_AHEAD = 2
+"""Pools of contexts that are read, tokenised and padded ahead of the models."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,14 @@ class ActivationStream:
         check_vocabularies(used, expected=text.vocabulary)
         _check_length(used, text)
         self._text = text
-        self._reader = reader_of(text)
         self._capacity = self._rows_in(buffer_bytes)
         self._passes, self._seed = passes, seed
         self._progress = progress
         self._buffer: RowBuffer | None = None
         self._order: tuple[int, int, Tensor] | None = None
-        self._place = _Place(self._reader.state_dict())
+        self._place = _Place(reader_of(text).state_dict())
+        self._next_text = self._place.text
+        self._ahead: Ahead[Stretch] | None = None
 
     @property
     def sources(self) -> SourceSet:
@@ -150,7 +156,7 @@ class ActivationStream:
         self._place = replace(self._place, served=self._place.served + len(chosen))
         batch = buffer.take(chosen)
         if self._place.served == self._passes * buffer.num_rows:
-            self._place = _Place(self._reader.state_dict(), self._place.fill + 1)
+            self._place = _Place(self._next_text, self._place.fill + 1)
             self._forget()
         return batch
 
@@ -166,35 +172,60 @@ class ActivationStream:
                 self._capacity, self.sources.width, dtype=self._harvest.dtype, device=self._harvest.device
             )
         if self._buffer.num_rows == 0:
-            if self._reader.state_dict() != self._place.text:
-                self._reader.load_state_dict(self._place.text)
             self._fill(self._buffer)
             _log.info("fill %d of the buffer: %d rows", self._place.fill + 1, self._buffer.num_rows)
         return self._buffer
 
     def _fill(self, buffer: RowBuffer) -> None:
-        """Whole contexts until the next one might not fit or the analysis set ends."""
-        num_contexts = 0
-        while (room := self._capacity - buffer.num_rows) >= self._text.context_length:
-            pool = self._reader.pool(min(room, _POOL * self._harvest.batch_tokens))
-            for batch in self._harvest.rows(pool):
-                buffer.append(batch)
-                self._progress("reading activations", buffer.num_rows, self._capacity)
-            num_contexts += len(pool)
-            if buffer.num_rows == 0 and (not pool or num_contexts > _BARREN):
-                raise TextError(
-                    f"no token of {num_contexts:,} contexts became a row.", hint="Drop fewer tokens in text.drop."
-                )
-            if not pool:
-                break
+        """The rows of the fill that begins at the current place; on any error the buffer is left empty."""
+        try:
+            end = None
+            while end is None:
+                stretch = self._text_ahead().take()
+                self._read(stretch, buffer)
+                end = stretch.end
+        except BaseException:
+            self._forget()
+            self._read_anew()
+            raise
+        self._next_text = end
         self._progress("reading activations", buffer.num_rows, buffer.num_rows)
+
+    def _read(self, stretch: Stretch, buffer: RowBuffer) -> None:
+        finite: list[Tensor] = []
+        for batch in stretch.batches:
+            finite.append(self._harvest.read(batch, buffer.reserve(batch.rows)))
+            self._progress("reading activations", buffer.num_rows, self._capacity)
+        self._harvest.finish(finite)
+
+    def _text_ahead(self) -> Ahead[Stretch]:
+        """The contexts of the fills from the current place on, which a thread reads ahead."""
+        if self._ahead is not None and self._next_text != self._place.text:
+            self._read_anew()
+        if self._ahead is None:
+            reader = reader_of(self._text)
+            reader.load_state_dict(self._place.text)
+            plan = FillPlan(
+                capacity=self._capacity,
+                context_length=self._text.context_length,
+                pool_tokens=_POOL * self._harvest.batch_tokens,
+                forward_tokens=self._harvest.forward_tokens,
+                pin=self._harvest.device.type == "cuda",
+            )
+            self._ahead, self._next_text = Ahead(plan.stretches(reader), depth=_AHEAD), self._place.text
+        return self._ahead
+
+    def _read_anew(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def _permutation(self, done: int, num_rows: int) -> Tensor:
         """The order of pass `done` over the current fill."""
         if self._order is None or self._order[:2] != (self._place.fill, done):
             seed = xxh3_64_intdigest(f"rows/{self._seed}/{self._place.fill}/{done}".encode()) >> 1
             order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
-            self._order = self._place.fill, done, order
+            self._order = self._place.fill, done, order.to(self._harvest.device)
         return self._order[2]
 
     def _rows_in(self, buffer_bytes: int) -> int:
