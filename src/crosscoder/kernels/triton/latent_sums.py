@@ -1,0 +1,118 @@
+"""Sums along latents: the gradients of encoder, decoder and bias, without atomics.
+
+    sum_by_latent    s_i = Σ_{p on latent i} w_p t_{r(p)}
+
+A program sums one latent's list over one stretch of columns, in the order of the list, in fp32. A latent that is active
+in more than PIECE rows would keep one program busy long after the others: its list is cut into pieces of that length,
+which other programs sum first, and its own program adds the pieces in order. How many pieces there can be is known
+from the capacity alone; which latent each belongs to is found on the device. Same input, same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from crosscoder.codes import Pattern
+from crosscoder.kernels.triton.launching import blocks, launch
+from crosscoder.kernels.triton.patterns import PaddedPattern, from_zero
+
+PIECE = tl.constexpr(256)
+PAIRS = tl.constexpr(8)
+COLUMNS = tl.constexpr(256)
+NUM_WARPS = 4
+
+
+@triton.jit
+@no_type_check
+def _weighted_sum(rows, weights, table, begin, end, columns, width):
+    """`Σ weights · table[rows]` of the list from `begin` to `end`, over some columns."""
+    inside = columns < width
+    sums = tl.zeros([PAIRS, COLUMNS], tl.float32)
+    while begin < end:
+        p = begin + tl.arange(0, PAIRS)
+        there = p < end
+        row = tl.load(rows + p, mask=there, other=0).to(tl.int64)
+        weight = tl.load(weights + p, mask=there, other=0.0).to(tl.float32)
+        places = row[:, None] * width + columns[None, :]
+        values = tl.load(table + places, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        sums += weight[:, None] * values
+        begin += PAIRS
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit
+@no_type_check
+def _sum_pieces(begins, ends, rows, weights, table, out, width):
+    piece = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    begin, end = tl.load(begins + piece), tl.load(ends + piece)
+    if begin < end:
+        sums = _weighted_sum(rows, weights, table, begin, end, columns, width)
+        tl.store(out + piece * width + columns, sums, mask=columns < width)
+
+
+@triton.jit
+@no_type_check
+def _sum_latents(latent_pointers, rows, weights, table, piece_pointers, pieces, out, width):
+    latent = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < width
+    begin, end = tl.load(latent_pointers + latent), tl.load(latent_pointers + latent + 1)
+    if end - begin <= PIECE:
+        sums = _weighted_sum(rows, weights, table, begin, end, columns, width)
+        tl.store(out + latent * width + columns, sums, mask=inside)
+    else:
+        piece, last = tl.load(piece_pointers + latent), tl.load(piece_pointers + latent + 1)
+        total = tl.zeros([COLUMNS], tl.float32)
+        while piece < last:
+            total += tl.load(pieces + piece * width + columns, mask=inside, other=0.0)
+            piece += 1
+        tl.store(out + latent * width + columns, total, mask=inside)
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Where the pieces of long lists begin and end, and which pieces belong to each latent."""
+
+    begins: Int[Tensor, "pieces"]
+    ends: Int[Tensor, "pieces"]
+    pointers: Int[Tensor, "latents_plus_one"]
+
+
+def sum_by_latent(
+    pattern: Pattern, weights: Float[Tensor, "active"], table: Float[Tensor, "rows width"]
+) -> Float[Tensor, "latents width"]:
+    """`Σ_{p on latent i} weights_p · table[row_p]` for every latent, in fp32; zero for a latent without pairs."""
+    pattern = PaddedPattern.of(pattern)
+    table, width = table.contiguous(), table.shape[1]
+    sorted_weights = weights[pattern.by_latent]
+    out = torch.empty(pattern.num_latents, width, device=table.device)
+    lists = (pattern.rows_by_latent, sorted_weights, table)
+    found = _pieces(pattern.latent_pointers, capacity=weights.shape[0])
+    stretches = blocks(width, COLUMNS)
+    parts = torch.empty(found.begins.shape[0], width, device=table.device)
+    launch(_sum_pieces, (len(parts), stretches), found.begins, found.ends, *lists, parts, width, warps=NUM_WARPS)
+    grid, starts = (pattern.num_latents, stretches), pattern.latent_pointers
+    launch(_sum_latents, grid, starts, *lists, found.pointers, parts, out, width, warps=NUM_WARPS)
+    return out
+
+
+def _pieces(latent_pointers: Tensor, *, capacity: int) -> _Pieces:
+    """The pieces of all lists longer than PIECE; at most 2 · capacity / PIECE of them, unused ones empty."""
+    size = PIECE.value
+    lengths = latent_pointers.diff()
+    long = lengths > size
+    pointers = from_zero(torch.where(long, (lengths + size - 1) // size, 0).cumsum(0))
+    slots = torch.arange(2 * capacity // size if capacity > size else 0, device=latent_pointers.device)
+    latents = torch.searchsorted(pointers[1:], slots, right=True).clamp(max=max(0, len(lengths) - 1))
+    begins = latent_pointers[latents] + (slots - pointers[latents]) * size
+    ends = torch.minimum(begins + size, latent_pointers[latents + 1])
+    unused = slots >= pointers[-1]
+    return _Pieces(torch.where(unused, 0, begins), torch.where(unused, 0, ends), pointers)
