@@ -127,11 +127,15 @@ class Trainer:
 
     def run(self, source: ActivationSource, hooks: Sequence[Hooks] = ()) -> None:
         """Draw batches and update until the configured number of steps is reached."""
-        for batch in self._draw(source):
-            result = self.step(batch.x)
-            self.check(result)
-            for hook in hooks:
-                hook.after_step(self, result)
+        for batch in self.draw(source):
+            self.advance(batch, hooks)
+
+    def advance(self, batch: Batch, hooks: Sequence[Hooks] = ()) -> None:
+        """One update on a batch, looked at, and the hooks after it: what `run` does with every batch."""
+        result = self.step(batch.x)
+        self.check(result)
+        for hook in hooks:
+            hook.after_step(self, result)
 
     def step(self, x: Float[Tensor, "rows width"]) -> StepResult:
         """One update on raw activations packed over all sources of the crosscoder."""
@@ -173,7 +177,8 @@ class Trainer:
             hint="Start a new run (out=PATH) with a lower train.learning_rate or less sparsity; checkpoints stay.",
         )
 
-    def _draw(self, source: ActivationSource) -> Iterator[Batch]:
+    def draw(self, source: ActivationSource) -> Iterator[Batch]:
+        """Batches from where the source stands, as many as updates are missing; raises SourceMismatch."""
         if source.sources != self.crosscoder.sources:
             raise SourceMismatch(
                 "the activations are of other sources, or in another order, than the crosscoder's.",
