@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -51,13 +51,21 @@ class Key:
 
 
 @dataclass(frozen=True)
-class _Problem:
-    path: str
+class Problem:
+    """Something wrong at a place of a run file; `near` is the key that was probably meant there."""
+
+    path: tuple[str, ...]
     text: str
+    near: tuple[str, ...] | None = None
     is_unknown_key: bool = False
 
+    def under(self, place: tuple[str, ...]) -> Problem:
+        """The same problem, of a block that lies at `place`."""
+        return replace(self, path=place + self.path, near=None if self.near is None else place + self.near)
+
     def __str__(self) -> str:
-        return f"{self.path}: {self.text}" if self.path else self.text
+        near = "" if self.near is None else f"; did you mean {'.'.join(self.near)}?"
+        return f"{'.'.join(self.path)}: {self.text}{near}" if self.path else self.text
 
 
 class _Loader(yaml.SafeLoader):
@@ -132,8 +140,14 @@ def flatten(content: object, prefix: str = "") -> dict[str, object]:
 
 def override(raw: Mapping[str, Any], overrides: Sequence[str], *, schema: type[BaseModel]) -> dict[str, Any]:
     """`raw` with `key.path=value` applied; list items by number, and a new `kind` drops what it no longer accepts."""
+    return put_all(raw, [split_override(text) for text in overrides], schema=schema)
+
+
+def put_all(
+    raw: Mapping[str, Any], pairs: Sequence[tuple[Sequence[str], Any]], *, schema: type[BaseModel]
+) -> dict[str, Any]:
+    """A copy of `raw` with a value at each path; new kinds first, which drop the keys of the kind there was."""
     changed = deepcopy(dict(raw))
-    pairs = [_split(text) for text in overrides]
     for path, value in sorted(pairs, key=lambda pair: pair[0][-1] != "kind"):
         _put(changed, path, value)
         if path[-1] == "kind":
@@ -141,7 +155,8 @@ def override(raw: Mapping[str, Any], overrides: Sequence[str], *, schema: type[B
     return changed
 
 
-def _split(text: str) -> tuple[list[str], Any]:
+def split_override(text: str) -> tuple[list[str], Any]:
+    """Path and value of `key.path=value`."""
     path, equals, value = text.partition("=")
     if not equals or not all(path.split(".")):
         raise ConfigError(
@@ -192,9 +207,11 @@ def _drop_foreign_keys(raw: dict[str, Any], path: Sequence[str], schema: type[Ba
     block: Any = raw
     for part in path:
         block = block[int(part)] if isinstance(block, list) else block[part]
-    model = _model_at(schema, path, raw)
-    if model is not None and isinstance(block, dict):
-        for key in [key for key in block if key not in model.model_fields]:
+    models = _models_at(schema, path, raw)
+    chosen = _choose(models, block)
+    known = {key for model in models for key in model.model_fields}  # a key that no kind has is a mistake, and stays
+    if chosen is not None and isinstance(block, dict):
+        for key in [key for key in block if key in known and key not in chosen.model_fields]:
             del block[key]
 
 
@@ -203,35 +220,50 @@ def _drop_foreign_keys(raw: dict[str, Any], path: Sequence[str], schema: type[Ba
 
 def validate(schema: type[Model], raw: Mapping[str, Any], *, name: str) -> Model:
     """The validated model; raises UnknownKey or ConfigError that lists every problem with its exact path."""
+    checked = check(schema, raw)
+    if isinstance(checked, list):
+        refuse(checked, name=name)
+    return checked
+
+
+def check(
+    schema: type[Model], raw: Mapping[str, Any], *, known: type[BaseModel] | None = None
+) -> Model | list[Problem]:
+    """The validated model, or everything that is wrong with `raw`; keys that were meant are sought in `known`."""
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        problems = [_problem(schema, raw, detail) for detail in error.errors()]
-    unique = list(dict.fromkeys(str(problem) for problem in problems))
+        problems = [_problem(known or schema, raw, detail) for detail in error.errors()]
+    return list(dict.fromkeys(problems))
+
+
+def refuse(problems: Sequence[Problem], *, name: str) -> NoReturn:
+    """Raises UnknownKey or ConfigError that lists all of `problems`."""
     kind = UnknownKey if all(problem.is_unknown_key for problem in problems) else ConfigError
+    unique = list(dict.fromkeys(map(str, problems)))
     count = "1 problem" if len(unique) == 1 else f"{len(unique)} problems"
     raise kind(f"{name} has {count}.", details=unique, hint=WHERE_TO_LOOK)
 
 
-def _problem(schema: type[BaseModel], raw: object, detail: Mapping[str, Any]) -> _Problem:
-    path = _real_path(raw, detail["loc"])
-    dotted, context, given = ".".join(path), detail.get("ctx", {}), detail.get("input")
+def _problem(schema: type[BaseModel], raw: object, detail: Mapping[str, Any]) -> Problem:
+    path = tuple(_real_path(raw, detail["loc"]))
+    context, given = detail.get("ctx", {}), detail.get("input")
     match detail["type"]:
         case "extra_forbidden":
-            return _Problem(dotted, f"there is no such key{_nearest(schema, path, raw)}", is_unknown_key=True)
+            return _unknown(schema, path, raw)
         case "missing":
-            return _Problem(dotted, "expected a value; the key is missing")
+            return Problem(path, "expected a value; the key is missing")
         case "union_tag_invalid":
-            return _Problem(f"{dotted}.kind", f"expected {context['expected_tags']}; got {context['tag']!r}")
+            return Problem((*path, "kind"), f"expected {context['expected_tags']}; got {context['tag']!r}")
         case "union_tag_not_found":
-            return _Problem(f"{dotted}.kind", f"expected a value; {_shown(given)} has none")
+            return Problem((*path, "kind"), f"expected a value; {_shown(given)} has none")
         case "value_error" if isinstance(context["error"], CrosscoderError):
-            return _Problem(dotted, " ".join(str(context["error"]).split()))
+            return Problem(path, " ".join(str(context["error"]).split()))
         case "value_error":
-            return _Problem(dotted, str(context["error"]))
+            return Problem(path, str(context["error"]))
         case _:
             text = detail["msg"][0].lower() + detail["msg"][1:]
-            return _Problem(dotted, f"{text}; got {_shown(given)}")
+            return Problem(path, f"{text}; got {_shown(given)}")
 
 
 def _real_path(raw: object, location: Sequence[str | int]) -> list[str]:
@@ -254,17 +286,17 @@ def _child(raw: object, part: str | int) -> object:
     return None
 
 
-def _nearest(schema: type[BaseModel], path: Sequence[str], raw: object) -> str:
-    """The valid key that was probably meant: among the siblings first, then anywhere in the file."""
-    parent = _model_at(schema, path[:-1], raw)
+def _unknown(schema: type[BaseModel], path: tuple[str, ...], raw: object) -> Problem:
+    """There is no such key; the one that was probably meant is among the siblings, else anywhere in the file."""
+    parent = _choose(_models_at(schema, path[:-1], raw), _at(raw, path[:-1]))
     siblings = list(parent.model_fields) if parent else []
-    near = difflib.get_close_matches(path[-1], siblings, n=1)
-    if near:
-        return f"; did you mean {'.'.join([*path[:-1], near[0]])}?"
     elsewhere = [key.path for key in keys(schema) if key.path.rpartition(".")[2] == path[-1]]
+    if near := difflib.get_close_matches(path[-1], siblings, n=1):
+        return Problem(path, "there is no such key", (*path[:-1], near[0]), is_unknown_key=True)
     if elsewhere:
-        return f"; did you mean {elsewhere[0]}?"
-    return f"; the keys here are {', '.join(siblings)}" if siblings else ""
+        return Problem(path, "there is no such key", tuple(elsewhere[0].split(".")), is_unknown_key=True)
+    there = f"; the keys here are {', '.join(siblings)}" if siblings else ""
+    return Problem(path, f"there is no such key{there}", is_unknown_key=True)
 
 
 def keys(schema: type[BaseModel]) -> list[Key]:
@@ -293,14 +325,20 @@ def _keys(schema: type[BaseModel], prefix: str, kinds: tuple[str, ...]) -> Itera
             yield from _keys(model, f"{path}{star}.", (kind.default,) if kind and len(models) > 1 else kinds)
 
 
-def _model_at(schema: type[BaseModel], path: Sequence[str], raw: object) -> type[BaseModel] | None:
-    """The model that describes the block at `path`, chosen by its `kind` where several can stand there."""
+def _models_at(schema: type[BaseModel], path: Sequence[str], raw: object) -> list[type[BaseModel]]:
+    """The models that can describe the block at `path`; on the way there, those whose `kind` the file names."""
     annotation: object = schema
     for part in path:
         model = _choose(_models_in(annotation), raw) if _item(annotation) is None else None
         annotation = model.model_fields[part].annotation if model and part in model.model_fields else _item(annotation)
         raw = _child(raw, part)
-    return None if _item(annotation) is not None else _choose(_models_in(annotation), raw)
+    return [] if _item(annotation) is not None else _models_in(annotation)
+
+
+def _at(raw: object, path: Sequence[str]) -> object:
+    for part in path:
+        raw = _child(raw, part)
+    return raw
 
 
 def _choose(models: Sequence[type[BaseModel]], raw: object) -> type[BaseModel] | None:
