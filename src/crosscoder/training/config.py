@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from crosscoder import nonlinearities
 from crosscoder.capture import ModelConfig
 from crosscoder.capture.text import TextConfig
+from crosscoder.errors import ConfigError
 from crosscoder.sources import Source, SourceSet, difference, split_key
 from crosscoder.training import runfile
 from crosscoder.training.dictionary_config import (
@@ -278,7 +279,13 @@ class RunConfig(Settings):
         Raises UnknownKey or ConfigError with every problem in one message.
         """
         path = Path(path)
-        raw = runfile.override(runfile.read(path), overrides, schema=cls)
+        content = runfile.read(path)
+        if isinstance(names := content.get("dictionaries"), dict):
+            raise ConfigError(
+                f"expected one dictionary in {path}; it holds {', '.join(map(str, names))}.",
+                hint="`crosscoder train` takes them all; in Python, training.several.load and train_together.",
+            )
+        raw = runfile.override(content, overrides, schema=cls)
         raw.setdefault("out", f"runs/{path.stem}")
         return runfile.validate(cls, raw, name=str(path))
 
