@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from crosscoder.nonlinearities import BatchTopK, JumpReLU, ReLU, TopK
     from crosscoder.sources import Source, SourceSet, difference
     from crosscoder.training.config import RunConfig, TrainConfig
-    from crosscoder.training.run import TrainResult, train
+    from crosscoder.training.run import TrainResult, train, train_together
     from crosscoder.training.trainer import Trainer
     from crosscoder.wiring import LatentGroup, Wiring
 
@@ -47,6 +47,7 @@ __all__ = [
     "interop",
     "synthetic",
     "train",
+    "train_together",
     "wiring",
 ]
 
@@ -71,6 +72,7 @@ _HOMES = {
     "Wiring": "wiring",
     "difference": "sources",
     "train": "training.run",
+    "train_together": "training.run",
 }
 _ROOMS = ("analysis", "capture", "errors", "interop", "synthetic", "wiring")
 

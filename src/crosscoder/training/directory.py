@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,3 +74,21 @@ class RunDirectory:
                 details=others[:8],
                 hint="Choose another directory with out=PATH.",
             )
+
+
+def common_checkpoints(directories: Sequence[RunDirectory], *, most_undone: int) -> list[checkpoint.Checkpoint]:
+    """The newest checkpoints of one step, one per directory; none where all begin at the start.
+
+    A process that is killed between two writes leaves directories one checkpoint apart. Raises RunConflict where more
+    than `most_undone` steps of one of them would be done again.
+    """
+    found = [{c.step: c for c in checkpoint.found(directory.checkpoints)} for directory in directories]
+    common = max(set.intersection(*(set(steps) for steps in found)), default=0)
+    newest = [max(steps, default=0) for steps in found]
+    if max(newest) - common > most_undone:
+        raise RunConflict(
+            "these dictionaries are not at one place of their stream, and cannot go on together.",
+            details=[f"{d.path}  step {step:,}" for d, step in zip(directories, newest, strict=True)],
+            hint="Leave out those that are behind until the others are finished: they see the same batches later on.",
+        )
+    return [steps[common] for steps in found] if common else []

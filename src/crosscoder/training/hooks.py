@@ -46,15 +46,16 @@ class Recorder:
 
 
 class Checkpointer:
-    """Writes a checkpoint every `checkpoint_every` steps, and when the run was asked to stop."""
+    """Writes checkpoints of all dictionaries every `checkpoint_every` steps, and when the run was asked to stop."""
 
-    def __init__(self, folder: Path, source: ActivationSource, stop: StopRequest) -> None:
-        self._folder, self._source, self._stop = folder, source, stop
+    def __init__(self, trainers: Sequence[tuple[Trainer, Path]], source: ActivationSource, stop: StopRequest) -> None:
+        self._trainers, self._source, self._stop = trainers, source, stop
 
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+    def after_batch(self) -> None:
         """Write when it is time; raises KeyboardInterrupt after the last one when the run was asked to stop."""
-        if self._stop.asked or _due(trainer.step_number, trainer.config.checkpoint_every, trainer):
-            checkpoint.save(trainer, self._folder, stream=self._source.state_dict())
+        for trainer, folder in self._trainers:
+            if self._stop.asked or _due(trainer.step_number, trainer.config.checkpoint_every, trainer):
+                checkpoint.save(trainer, folder, stream=self._source.state_dict())
         if self._stop.asked:
             raise KeyboardInterrupt
 

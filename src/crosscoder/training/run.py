@@ -1,14 +1,16 @@
 """A run from its file to its crosscoder: `xc.train(run)`, which is `crosscoder train run.yaml`.
 
 Open the models, fix the analysis set, open the stream, fit the normaliser, train, save. The same call continues an
-interrupted run from its last checkpoint, and says so when the run is finished.
+interrupted run from its last checkpoint, and says so when the run is finished. Several dictionaries train side by side
+on the batches of one stream; a run of one is the case of one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from crosscoder.activations import ActivationSource, Batch
+from crosscoder.activations import ActivationSource, Batch, State
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.buffer import bytes_per_row
 from crosscoder.capture.corpus import Corpus
@@ -25,13 +27,14 @@ from crosscoder.capture.harvest import storage_dtype
 from crosscoder.capture.models import StudiedModel
 from crosscoder.capture.stream import ActivationStream
 from crosscoder.crosscoder import Crosscoder
-from crosscoder.errors import RunConflict
+from crosscoder.errors import RunConflict, TrainingDiverged
 from crosscoder.groups import Columns
 from crosscoder.progress import Progress, silent
 from crosscoder.sources import SourceSet, split_key
-from crosscoder.training import checkpoint, normaliser
+from crosscoder.training import checkpoint, normaliser, several
+from crosscoder.training.checkpoint import Checkpoint
 from crosscoder.training.config import RunConfig
-from crosscoder.training.directory import RunDirectory
+from crosscoder.training.directory import RunDirectory, common_checkpoints
 from crosscoder.training.firing_fraction import set_firing_fraction
 from crosscoder.training.hooks import Checkpointer, Recorder, StopRequest
 from crosscoder.training.meter import Meter
@@ -40,6 +43,7 @@ from crosscoder.training.trainer import Trainer
 from crosscoder.training.warm_start import warm_start
 
 log = logging.getLogger(__name__)
+MakeSinks = Callable[[str], Sequence[Sink]]
 VALIDATION_ROWS = 16_384
 START_ROWS = 32_768
 """Training rows that data-driven biases and final thresholds are set on."""
@@ -74,8 +78,12 @@ class Study:
             progress("loading models", done, len(run.models))
         sites = {key: split_key(key) for key in run.harvested_keys}
         sources = run.source_set({key: models[alias].width(site) for key, (alias, site) in sites.items()})
-        resolved = run.resolved(widths=run.wiring.build(sources).writes.widths)
-        return cls(resolved, models, sources, Corpus(run.text, models[run.text.tokenizer].tokenizer, seed=run.seed))
+        corpus = Corpus(run.text, models[run.text.tokenizer].tokenizer, seed=run.seed)
+        return cls(run, models, sources, corpus).of(run)
+
+    def of(self, run: RunConfig) -> Study:
+        """The same models, sources and text for another dictionary; its derived settings follow from them."""
+        return replace(self, run=run.resolved(widths=run.wiring.build(self.sources).writes.widths))
 
     def stream(self, text: Corpus | AnalysisSet, *, progress: Progress = silent) -> ActivationSource:
         """Activations of the run's sources over its training text, or over a fixed set of contexts."""
@@ -113,6 +121,30 @@ class Study:
         }
 
 
+@dataclass(frozen=True)
+class _Lane:
+    """One dictionary on its way: what it looks at, where it goes, and its trainer; its name where there are others."""
+
+    study: Study
+    directory: RunDirectory
+    trainer: Trainer
+    recorder: Recorder
+    name: str
+
+    def advance(self, batch: Batch) -> None:
+        """One update; a divergence says whose it is."""
+        try:
+            self.trainer.advance(batch, [self.recorder])
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"{self.name}{error.message}", details=error.details, hint=error.hint) from error
+
+    def finish(self) -> TrainResult:
+        """Save the crosscoder, in eval mode."""
+        crosscoder = self.trainer.crosscoder.eval()
+        crosscoder.save(self.directory.crosscoder)
+        return TrainResult(crosscoder, self.recorder.last, self.directory.path)
+
+
 def train(
     run: RunConfig | str | Path, *, sinks: Sequence[Sink] = (), progress: Progress = silent, device: str | None = None
 ) -> TrainResult:
@@ -122,67 +154,118 @@ def train(
     has, TrainingDiverged or NonFiniteActivations with the last good checkpoint kept.
     """
     run = run if isinstance(run, RunConfig) else RunConfig.load(run)
-    directory = RunDirectory(Path(run.out or "runs/run"))
-    directory.claim(run)
-    if directory.finished:
-        log.info("%s is finished; nothing is left to do.", directory.path)
-        return TrainResult(Crosscoder.load(directory.crosscoder), _last_metrics(directory), directory.path)
-    dictionaries = _dictionaries(run)
-    study = Study.open(run, progress=progress)
-    stream = study.stream(study.corpus, progress=progress)  # every check of models and text is behind us now
-    study.run.dump(directory.config)
-    held_out = _analysis_set(study, directory)
-    validation = list(_first_rows(study.stream(held_out).contexts(), VALIDATION_ROWS))
-    trainer = _trainer(
-        study, stream, directory, device=device or _best_device(), dictionaries=dictionaries, progress=progress
-    )
-    recorder = Recorder(SinkGroup([JsonlSink(), *sinks]), Meter(trainer.crosscoder), validation)
-    _loop(trainer, stream, recorder, directory, start=_start(study, trainer, directory))
-    crosscoder = trainer.crosscoder.eval()
-    if run.losses.source_dropout:
-        _calibrate_on_whole_rows(crosscoder, stream, batch_size=run.train.batch_size)
-    crosscoder.save(directory.crosscoder)
-    return TrainResult(crosscoder, recorder.last, directory.path)
+    return train_together([run], sinks=lambda _: sinks, progress=progress, device=device)[0]
 
 
-def _loop(
-    trainer: Trainer, stream: ActivationSource, recorder: Recorder, directory: RunDirectory, *, start: RunStart
-) -> None:
-    """Train to the end, or to the step at which someone asks to stop."""
-    stop = StopRequest()
-    recorder.sink.open(start)
-    try:
-        with stop.listening():
-            trainer.run(stream, [recorder, Checkpointer(directory.checkpoints, stream, stop)])
-    finally:
-        recorder.sink.close()
-
-
-def _trainer(
-    study: Study,
-    stream: ActivationSource,
-    directory: RunDirectory,
+def train_together(
+    runs: Sequence[RunConfig] | str | Path,
     *,
-    device: str,
-    dictionaries: Mapping[str, Crosscoder],
+    sinks: MakeSinks = lambda _: (),
+    progress: Progress = silent,
+    device: str | None = None,
+) -> tuple[TrainResult, ...]:
+    """Train several dictionaries on the batches of one stream: those of a run file, or runs that share all of it.
+
+    Each becomes, to the bit, what `train` makes of its run. `sinks` gives those of the dictionary with that name, which
+    is its directory's. Raises as `train` does, for each of them, and ConfigError where they cannot share a stream.
+    """
+    runs = several.load(runs) if isinstance(runs, str | Path) else runs
+    several.require_one_stream(runs)
+    directories = [RunDirectory(Path(run.out or "runs/run")) for run in runs]
+    for run, directory in zip(runs, directories, strict=True):
+        directory.claim(run)
+    missing = [(run, directory) for run, directory in zip(runs, directories, strict=True) if not directory.finished]
+    found = {directory.path: _finished(directory) for directory in directories if directory.finished}
+    if missing:
+        lanes, stream = _lanes(missing, sinks, progress=progress, device=device or _best_device())
+        _loop(lanes, stream)
+        _calibrate_on_whole_rows(lanes, stream)
+        found |= {lane.directory.path: lane.finish() for lane in lanes}
+    return tuple(found[directory.path] for directory in directories)
+
+
+def _finished(directory: RunDirectory) -> TrainResult:
+    log.info("%s is finished; nothing is left to do.", directory.path)
+    return TrainResult(Crosscoder.load(directory.crosscoder), _last_metrics(directory), directory.path)
+
+
+def _lanes(
+    runs: Sequence[tuple[RunConfig, RunDirectory]], sinks: MakeSinks, *, progress: Progress, device: str
+) -> tuple[list[_Lane], ActivationSource]:
+    """The dictionaries at the newest place that all have in common, and the stream at that place."""
+    checkpoints = common_checkpoints(
+        [directory for _, directory in runs], most_undone=runs[0][0].train.resolved(k=None).checkpoint_every or 1
+    )
+    starts = [_dictionaries(run) for run, _ in runs]
+    study = Study.open(runs[0][0], progress=progress)
+    studies = [study.of(run) for run, _ in runs]
+    stream = study.stream(study.corpus, progress=progress)  # every check of models and text is behind us now
+    held_out = study.corpus.held_out()
+    for each, (_, directory) in zip(studies, runs, strict=True):
+        each.run.dump(directory.config)
+        _keep_analysis_set(held_out, directory)
+    validation = list(_first_rows(study.stream(held_out).contexts(), VALIDATION_ROWS))
+    crosscoders = [each.new_crosscoder() for each in studies]
+    if not checkpoints:
+        _start(list(zip(studies, crosscoders, starts, strict=True)), stream, progress=progress)
+    lanes = []
+    for each, crosscoder, (_, directory) in zip(studies, crosscoders, runs, strict=True):
+        run = each.run
+        trainer = Trainer(crosscoder.to(device), run.train, sparsity=run.sparsity, losses=run.losses, seed=run.seed)
+        recorder = Recorder(SinkGroup([JsonlSink(), *sinks(directory.path.name)]), Meter(crosscoder), validation)
+        name = f"{directory.path.name}: " if len(runs) > 1 else ""
+        lanes.append(_Lane(each, directory, trainer, recorder, name))
+    _restore(lanes, checkpoints, stream)
+    return lanes, stream
+
+
+def _start(
+    members: Sequence[tuple[Study, Crosscoder, Mapping[str, Crosscoder]]],
+    stream: ActivationSource,
+    *,
     progress: Progress,
-) -> Trainer:
-    """A trainer at the newest checkpoint, or at the start with the normaliser fitted."""
-    run, crosscoder = study.run, study.new_crosscoder()
-    latest = directory.latest_checkpoint
-    if latest is None:
-        rows = run.normaliser.num_tokens
-        start = stream.state_dict()
-        fitted = normaliser.fit(study.sources, _take(stream, rows, batch_size=run.train.batch_size, progress=progress))
+) -> None:
+    """The normaliser, fitted once for all, and initial weights; the stream is left where it was."""
+    study, start = members[0][0], stream.state_dict()
+    batch_size = study.run.train.batch_size
+    rows = _take(stream, study.run.normaliser.num_tokens, batch_size=batch_size, progress=progress)
+    fitted = normaliser.fit(study.sources, rows)
+    for each, crosscoder, dictionaries in members:
         stream.load_state_dict(start)
         crosscoder.set_normaliser(fitted.mean.float(), fitted.scale.float())
-        _start_weights(study, crosscoder, stream, dictionaries)
-        stream.load_state_dict(start)
-    trainer = Trainer(crosscoder.to(device), run.train, sparsity=run.sparsity, losses=run.losses, seed=run.seed)
-    if latest is not None:
-        stream.load_state_dict(checkpoint.restore(trainer, latest))
-        log.info("continuing %s from step %d.", directory.path, latest.step)
-    return trainer
+        _start_weights(each, crosscoder, stream, dictionaries)
+    stream.load_state_dict(start)
+
+
+def _restore(lanes: Sequence[_Lane], checkpoints: Sequence[Checkpoint], stream: ActivationSource) -> None:
+    """Every trainer at its checkpoint, and the stream at the place that they have in common."""
+    places: list[State] = []
+    for lane, latest in zip(lanes, checkpoints, strict=False):
+        places.append(checkpoint.restore(lane.trainer, latest))
+        log.info("continuing %s from step %d.", lane.directory.path, latest.step)
+    if any(place != places[0] for place in places):
+        raise RunConflict(
+            "the checkpoints of these dictionaries are of different places in the text.",
+            details=[str(latest.path) for latest in checkpoints],
+            hint="They were not trained on one stream: start new runs with out=PATH.",
+        )
+    if places:
+        stream.load_state_dict(places[0])
+
+
+def _loop(lanes: Sequence[_Lane], stream: ActivationSource) -> None:
+    """Train to the end, or to the step at which someone asks to stop."""
+    stop = StopRequest()
+    checkpointer = Checkpointer([(lane.trainer, lane.directory.checkpoints) for lane in lanes], stream, stop)
+    with ExitStack() as stack:
+        for lane in lanes:
+            stack.callback(lane.recorder.sink.close)
+            lane.recorder.sink.open(_run_start(lane))
+        stack.enter_context(stop.listening())
+        for batch in lanes[0].trainer.draw(stream):
+            for lane in lanes:
+                lane.advance(batch)
+            checkpointer.after_batch()
 
 
 def _dictionaries(run: RunConfig) -> dict[str, Crosscoder]:
@@ -192,11 +275,17 @@ def _dictionaries(run: RunConfig) -> dict[str, Crosscoder]:
     return {name: Crosscoder.load(run.crosscoder if run.finished else run.path) for name, run in found.items()}
 
 
-def _calibrate_on_whole_rows(crosscoder: Crosscoder, stream: ActivationSource, *, batch_size: int) -> None:
-    """The thresholds of rows with no source hidden; those that followed training are of rows with some."""
-    columns = Columns(crosscoder.sources, crosscoder.reads.keys)
-    batches = _first_rows(stream.batches(batch_size), START_ROWS)
-    crosscoder.calibrate(columns(batch.x.to(crosscoder.bias)) for batch in batches)
+def _calibrate_on_whole_rows(lanes: Sequence[_Lane], stream: ActivationSource) -> None:
+    """Thresholds of rows with no source hidden, where those that followed training are of rows with some."""
+    end = stream.state_dict()
+    for lane in lanes:
+        if not lane.study.run.losses.source_dropout:
+            continue
+        stream.load_state_dict(end)
+        crosscoder = lane.trainer.crosscoder.eval()
+        columns = Columns(crosscoder.sources, crosscoder.reads.keys)
+        batches = _first_rows(stream.batches(lane.trainer.config.batch_size), START_ROWS)
+        crosscoder.calibrate(columns(batch.x.to(crosscoder.bias)) for batch in batches)
 
 
 def _start_weights(
@@ -231,9 +320,8 @@ def _take(
             return
 
 
-def _analysis_set(study: Study, directory: RunDirectory) -> AnalysisSet:
-    """The held-out set of the run: made once, and the same text ever after."""
-    made = study.corpus.held_out()
+def _keep_analysis_set(made: AnalysisSet, directory: RunDirectory) -> None:
+    """The held-out set in its directory: made once, and the same text ever after."""
     if directory.latest_checkpoint is None:
         made.save(directory.analysis)
     elif AnalysisSet.load(directory.analysis).hash != made.hash:
@@ -242,7 +330,6 @@ def _analysis_set(study: Study, directory: RunDirectory) -> AnalysisSet:
             details=[f"analysis set there  {directory.analysis}", f"hash of the text now  {made.hash}"],
             hint="Put the text and the tokenizer back as they were, or start a new run with out=PATH.",
         )
-    return made
 
 
 def _first_rows(batches: Iterator[Batch], num_rows: int) -> Iterator[Batch]:
@@ -254,14 +341,10 @@ def _first_rows(batches: Iterator[Batch], num_rows: int) -> Iterator[Batch]:
             return
 
 
-def _start(study: Study, trainer: Trainer, directory: RunDirectory) -> RunStart:
-    return RunStart(
-        directory.path,
-        study.run.model_dump(mode="json"),
-        trainer.num_steps,
-        trainer.config.batch_size,
-        trainer.step_number,
-    )
+def _run_start(lane: _Lane) -> RunStart:
+    trainer = lane.trainer
+    config = lane.study.run.model_dump(mode="json")
+    return RunStart(lane.directory.path, config, trainer.num_steps, trainer.config.batch_size, trainer.step_number)
 
 
 def _last_metrics(directory: RunDirectory) -> dict[str, float]:

@@ -271,7 +271,7 @@ def _real_path(raw: object, location: Sequence[str | int]) -> list[str]:
     path: list[str] = []
     for place, part in enumerate(location):
         last = place == len(location) - 1
-        if isinstance(raw, dict) and part not in raw and not last and raw.get("kind") == part:
+        if isinstance(raw, dict) and part not in raw and not last and raw.get("kind", part) == part:
             continue
         path.append(str(part))
         raw = _child(raw, part)
