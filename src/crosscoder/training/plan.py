@@ -9,6 +9,8 @@ Peak memory of a run on a CPU is the sum of parts that live at the same time:
     weights, gradients, Adam      16 bytes a parameter, and 12 more while a checkpoint is written
     step                          a few copies of the batch, a block of pre-activations, the active pairs
 
+Dictionaries that train together share all but their weights, gradients and moments; their steps take turns.
+
 Models are built without weights ("meta" tensors), so nothing large is read.
 On a GPU all parts but the libraries lie there.
 """
@@ -32,6 +34,7 @@ from crosscoder.kernels.selection import BLOCK_ROWS
 from crosscoder.nonlinearities import JumpReLU, Nonlinearity
 from crosscoder.sources import split_key
 from crosscoder.training.config import RunConfig
+from crosscoder.training.several import require_one_stream
 from crosscoder.wiring import Wiring
 
 FORWARD_TOKENS = 8192
@@ -55,11 +58,15 @@ class Plan:
     rows_per_step: int
     num_steps: int
     disk: int
+    dictionaries: Mapping[str, int]
+    """Parameters of each, by the name of its directory."""
 
     def in_words(self) -> dict[str, str]:
         """The plan as a person reads it."""
         words = {f"source {key}": f"width {width:,}" for key, width in self.sources.items()}
         words |= {f"memory: {part}": _gigabytes(size) for part, size in self.memory.items()}
+        if len(self.dictionaries) > 1:
+            words |= {f"dictionary {name}": f"{count:,} parameters" for name, count in self.dictionaries.items()}
         return words | {
             "memory at its peak": _gigabytes(self.memory_total),
             "disk": _gigabytes(self.disk),
@@ -90,8 +97,10 @@ class _Outline:
         return cls(count, dtype, text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
 
 
-def plan(run: RunConfig) -> Plan:
-    """The plan of a run; raises as the run itself would for models, sites and settings that cannot be."""
+def plan(run: RunConfig, *others: RunConfig) -> Plan:
+    """The plan of a run, or of several that train together; raises as they would for what cannot be."""
+    runs = (run, *others)
+    require_one_stream(runs)
     keys = [split_key(key) for key in run.harvested_keys]
     outlines = {
         alias: _Outline.of(config, [site for owner, site in keys if owner == alias])
@@ -99,10 +108,11 @@ def plan(run: RunConfig) -> Plan:
     }
     widths = {key: outlines[split_key(key)[0]].hidden_size for key in run.harvested_keys}
     sources = run.source_set(widths)
-    wiring = run.wiring.build(sources)
+    wirings = [each.wiring.build(sources) for each in runs]
     storage = reduce(torch.promote_types, (outline.dtype for outline in outlines.values()))
     row = bytes_per_row(sources.underlying.width, storage)
-    parameters = num_parameters(wiring, run.nonlinearity.build())
+    counts = [num_parameters(wiring, each.nonlinearity.build()) for each, wiring in zip(runs, wirings, strict=True)]
+    parameters = sum(counts)
     rows_per_fill = run.rows_per_fill(row)
     memory = {
         "libraries": resident_bytes(),
@@ -110,7 +120,7 @@ def plan(run: RunConfig) -> Plan:
         "forward pass": max(_forward_bytes(outline) for outline in outlines.values()),
         "buffer": (row + PERMUTATION_BYTES) * rows_per_fill,
         "weights, gradients, Adam": 28 * parameters,
-        "step": _step_bytes(run, wiring),
+        "step": max(_step_bytes(each, wiring) for each, wiring in zip(runs, wirings, strict=True)),
     }
     return Plan(
         parameters=parameters,
@@ -122,6 +132,7 @@ def plan(run: RunConfig) -> Plan:
         rows_per_step=run.train.batch_size,
         num_steps=run.train.num_steps,
         disk=parameters * (12 * CHECKPOINTS_ON_DISK + 4),
+        dictionaries={Path(each.out or "run").name: count for each, count in zip(runs, counts, strict=True)},
     )
 
 
