@@ -46,7 +46,7 @@ Result = TypeVar("Result")
 def main() -> None:
     """Measure what is asked for, then report on all that was measured."""
     options = arguments()
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # for the processes that are started
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "KINETO_LOG_LEVEL": "99"}  # for the processes that are started
     names, missing = chosen(options)
     (options.out / "cells").mkdir(parents=True, exist_ok=True)
     for size in [] if options.report_only else options.sizes:

@@ -122,6 +122,12 @@ def pool(folder: Path) -> list[Tensor]:
     return [x.clone() for x in load_file(folder / "pool.safetensors")["x"]]
 
 
+def untrained(size: Size) -> Start:
+    """Initial weights, and a threshold that no score reaches."""
+    cc = Crosscoder(size.wiring, BatchTopK(size.k))
+    return Start(size, _tensors(cc) | {"threshold": torch.tensor(1e3)}, torch.zeros(0, dtype=torch.int64))
+
+
 def start(size: Size, folder: Path, *, dead: bool) -> Start:
     """The trained weights, with a tenth of the latents dead if asked for."""
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / "weights.safetensors").items()}
@@ -147,20 +153,16 @@ def _write(size: Size, folder: Path) -> None:
     world = World(size)
     cc, fve = _trained(world)
     rows = torch.stack([world.batch(FIRST_TIMED + number) for number in range(POOL)])
-    own = cc.weights[0]
-    tensors = {
-        "encoder": own.encoder,
-        "encoder_bias": own.encoder_bias,
-        "decoder": own.decoder,
-        "threshold": own.threshold,
-        "bias": cc.bias,
-        "mean": cc.mean,
-        "scale": cc.scale,
-        "shortening": _shortening(cc, rows),
-        "fve": torch.tensor(fve),
-    }
+    tensors = _tensors(cc) | {"shortening": _shortening(cc, rows), "fve": torch.tensor(fve)}
     save_file({"x": rows}, folder / "pool.safetensors")
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, folder / "weights.safetensors")
+    save_file(tensors, folder / "weights.safetensors")
+
+
+def _tensors(cc: Crosscoder) -> dict[str, Tensor]:
+    own = cc.weights[0]
+    parameters = {name: getattr(own, name) for name in ("encoder", "encoder_bias", "decoder", "threshold")}
+    tensors = parameters | {"bias": cc.bias, "mean": cc.mean, "scale": cc.scale}
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 def _trained(world: World) -> tuple[Crosscoder, float]:

@@ -18,6 +18,7 @@ import io
 import os
 import queue
 import threading
+import warnings
 from collections.abc import Iterator
 from importlib import import_module, metadata
 from typing import Any, Literal
@@ -56,6 +57,7 @@ def load(name: str) -> None:
     peer = name.split()[0]
     os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     if peer in PACKAGES:
+        warnings.simplefilter("ignore")
         with quiet():
             import_module("sparsify" if peer == "sparsify" else "sae_lens")
 

@@ -23,7 +23,7 @@ from step_worker import FLOOR, Task, Turn, serve
 
 QUIET = 0.06
 """Others may take this share of the cores during a turn that counts as quiet."""
-ROOM = 0.7
+ROOM = 0.75
 """Of the memory that is available, a heat may plan with this share."""
 PATIENCE = 600.0
 """Seconds to wait for an answer."""
@@ -95,18 +95,18 @@ def ratios(contest: Contest, baseline: Contest, *, quiet: bool, cpu: bool = Fals
 
 
 def heats(size: Size, names: Sequence[str], *, available: float | None = None) -> Iterator[list[str]]:
-    """The contenders in groups that memory has room for, ours in each."""
+    """The contenders in groups that memory has room for, ours and the rates' process in each."""
     room = ROOM * (available_bytes() if available is None else available)
-    at_once = max(1, int(room / bytes_of(size)) - 1)
+    at_once = max(1, int(room / bytes_of(size)) - 2)
     others = [name for name in names if name != BASELINE]
     for first in range(0, max(1, len(others)), at_once):
         yield [BASELINE, *others[first : first + at_once]]
 
 
 def bytes_of(size: Size) -> float:
-    """More than any contender needs: weights, gradients, moments; matrices of rows × latents; pairs times width."""
+    """What the largest contender needs: weights, gradients, moments; matrices of rows × latents; pairs times width."""
     dense = 4.0 * size.batch_size * size.num_latents
-    return 18.0 * size.num_weights + 8 * dense + 5.0 * size.num_active * size.total_width + 5e8
+    return 17.0 * size.num_weights + 4 * dense + 4.5 * size.num_active * size.total_width + 4e8
 
 
 def available_bytes() -> float:

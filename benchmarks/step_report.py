@@ -185,7 +185,10 @@ def check_lines(cells: Sequence[Cell]) -> Iterator[str]:
 
 def phase_lines(cells: Sequence[Cell]) -> Iterator[str]:
     """Functions of the library, then operations of torch, in milliseconds per step."""
-    yield "Milliseconds per step, profiled apart from the race, so that sums differ a little from the times above."
+    yield (
+        "Profiled apart from the race, so that sums differ from the times above: milliseconds of the fastest of some "
+        "steps by function of the library (its own, and what it calls outside), and per step by operation of torch."
+    )
     for cell in cells:
         for scenario, found in rows(cell):
             yield ""

@@ -64,3 +64,5 @@ SIZES = {
 }
 QUICK = Size("quick", 2, 256, 2048, 1024, 32, training_steps=150)
 """A small A."""
+SMALLEST = Size("smallest", 2, 64, 256, 128, 8, training_steps=0)
+"""Wakes libraries up."""

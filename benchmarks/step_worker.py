@@ -2,7 +2,8 @@
 
 A step's wall time is its own; whether it was *quiet* is told by what others took of the machine's cores meanwhile:
 all busy time in /proc/stat less this process' own. Ticks there are of 10 ms, so it is told for a turn's steps together.
-Peak memory is that of stepping (VmHWM, reset once the contender is built) less what was resident before it was built.
+Peak memory is that of stepping (VmHWM, reset once the contender is built) less what was resident before it was built,
+when its libraries had already been used on a tiny dictionary.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from typing import Any
 import step_peers
 import torch
 from step_contenders import CONTENDERS, Contender
-from step_data import pool, start
+from step_data import pool, start, untrained
 from step_floor import RateMeter
-from step_sizes import Size
+from step_sizes import SMALLEST, Size
 from torch import Tensor
 
 FLOOR = "floor"
@@ -76,6 +77,7 @@ def _rates(task: Task) -> dict[str, Callable[..., Any]]:
 def _steps(task: Task) -> dict[str, Callable[..., Any]]:
     step_peers.load(task.contender)
     batches = pool(task.folder)
+    wake(task.contender)
     before = resident("VmRSS")
     contender = CONTENDERS[task.contender](start(task.size, task.folder, dead=task.dead))
     gc.collect()
@@ -87,6 +89,16 @@ def _steps(task: Task) -> dict[str, Callable[..., Any]]:
         "turn": lambda steps: turn(contender, rows, steps=steps),
         "memory": lambda: resident("VmHWM") - before,
     }
+
+
+def wake(name: str) -> None:
+    """Let a tiny contender of that name step, so that code which is loaded on its first use is not counted."""
+    x = torch.randn(SMALLEST.batch_size, SMALLEST.total_width)
+    contender = CONTENDERS[name](untrained(SMALLEST))
+    for _ in range(WARM_UP):
+        contender.step(x)
+    _ = x.bfloat16() @ x.bfloat16().T
+    gc.collect()
 
 
 def turn(contender: Contender, rows: cycle[Tensor], *, steps: int) -> Turn:
