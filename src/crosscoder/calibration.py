@@ -6,7 +6,7 @@ Since `p_i · g_i > τ  ⇔  p_i > τ / g_i`, a calibrated BatchTopK crosscoder 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
@@ -41,10 +41,10 @@ def calibrate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ reads"]
     crosscoder.train()
     try:
         for x in batches:
-            code = crosscoder.encode_normalised(crosscoder.normalise_reads(x.to(crosscoder.bias.dtype)), k=2 * kind.k)
-            for held, found in zip(scores, budget_scores(crosscoder, code), strict=True):
+            activity = crosscoder.activity(crosscoder.normalise_reads(x.to(crosscoder.bias.dtype)), k=2 * kind.k)
+            for held, found in zip(scores, budget_scores(crosscoder, activity.groups), strict=True):
                 held.append(found)
-            rows += code.num_rows
+            rows += activity.num_rows
     finally:
         crosscoder.train(was_training)
     if not rows:
@@ -54,9 +54,9 @@ def calibrate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ reads"]
 
 
 @torch.no_grad()
-def follow(crosscoder: Crosscoder, code: SparseCode, *, memory: float) -> None:
+def follow(crosscoder: Crosscoder, codes: Sequence[SparseCode], *, memory: float) -> None:
     """Move each threshold towards the lowest score that a training batch kept: `τ ← memory τ + (1 − memory) lowest`."""
-    for budget, scores in zip(crosscoder.budgets, budget_scores(crosscoder, code), strict=True):
+    for budget, scores in zip(crosscoder.budgets, budget_scores(crosscoder, codes), strict=True):
         if scores.numel():
             lowest, old = scores.min(), crosscoder.weights[budget.groups[0]].threshold
             old = torch.where(old.isnan(), lowest, old)
@@ -84,17 +84,10 @@ def as_jumprelu(crosscoder: Crosscoder, *, bandwidth: float) -> Crosscoder:
     return made.eval()
 
 
-def budget_scores(crosscoder: Crosscoder, code: SparseCode) -> list[Float[Tensor, "pairs"]]:
-    """The scores of a code's active pairs, budget by budget."""
-    scores = code.values * crosscoder.gate[code.latents]
-    if len(crosscoder.budgets) == 1:
-        return [scores]
-    owner = torch.empty(crosscoder.num_latents, dtype=torch.int64, device=scores.device)
-    for number, budget in enumerate(crosscoder.budgets):
-        for i in budget.groups:
-            owner[slice(*crosscoder.wiring.latent_ranges[i])] = number
-    of_pair = owner[code.latents]
-    return [scores[of_pair == number] for number in range(len(crosscoder.budgets))]
+def budget_scores(crosscoder: Crosscoder, codes: Sequence[SparseCode]) -> list[Float[Tensor, "pairs"]]:
+    """The scores of the active pairs, budget by budget; one code per group."""
+    scores = [code.values * w.gate[code.latents] for code, w in zip(codes, crosscoder.weights, strict=True)]
+    return [torch.cat([scores[i] for i in budget.groups]) for budget in crosscoder.budgets]
 
 
 def _cut(scores: Float[Tensor, "pairs"], count: int) -> Tensor:

@@ -13,8 +13,9 @@ and Paulo et al. 2025 (transcoders, affine skip).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +24,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from crosscoder import calibration, crosscoder_files, folding, initialisation, nonlinearities
-from crosscoder.codes import Pattern, SparseCode, pointers
+from crosscoder.codes import SparseCode
 from crosscoder.errors import NotCalibrated, SourceMismatch
 from crosscoder.groups import GroupLayout, GroupPart, GroupWeights, assemble, code_norm
 from crosscoder.kernels import dispatch, reference, selection, sparse
+from crosscoder.kernels.candidates import Encoding
+from crosscoder.kernels.dispatch import Precision
 from crosscoder.kernels.jump_relu import jump_relu
+from crosscoder.kernels.selection import Cut
+from crosscoder.kernels.sparse import Decoding, Fit
 from crosscoder.nonlinearities import BatchTopK, Budget, CodeNorm, JumpReLU, Nonlinearity, ReLU, TopK, active_per_row
 from crosscoder.sources import SourceSet
 from crosscoder.wiring import Wiring
@@ -37,11 +42,46 @@ Space = Literal["normalised", "raw"]
 
 @dataclass(frozen=True)
 class Activity:
-    """A code as a training step needs it; where codes are computed densely, with `f` and the pre-activations `p`."""
+    """What a training step knows of a code: each group's reads, and its code; or full matrices of values and `p`.
 
-    code: SparseCode
+    In train mode JumpReLU's codes also hold the silent pairs in the windows of its thresholds, with the value 0.
+    """
+
+    reads: Sequence[Float[Tensor, "rows _"]]
+    groups: Sequence[SparseCode]
     f: Float[Tensor, "rows latents"] | None = None
     pre: Float[Tensor, "rows latents"] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are."""
+        return self.reads[0].shape[0]
+
+    @cached_property
+    def code(self) -> SparseCode:
+        """The active pairs of all groups."""
+        if self.f is not None:
+            return SparseCode.from_dense(self.f)
+        return SparseCode.side_by_side([code.active() for code in self.groups])
+
+    @property
+    def num_active(self) -> Int[Tensor, ""]:
+        """How many pairs are active, on the device."""
+        parts = [code.values for code in self.groups] if self.f is None else [self.f]
+        return torch.stack([(part > 0).sum() for part in parts]).sum()
+
+    @property
+    def by_latent(self) -> Float[Tensor, "latents"]:
+        """`Σ_rows f_i`; differentiable."""
+        if self.f is not None:
+            return self.f.sum(0)
+        sums = [code.values.new_zeros(code.num_latents).index_add(0, code.latents, code.values) for code in self.groups]
+        return torch.cat(sums)
+
+    def detach(self) -> Activity:
+        """The same without its graph and without matrices of pre-activations."""
+        f = None if self.f is None else self.f.detach()
+        return Activity(self.reads, [code.detach() for code in self.groups], f)
 
 
 class Crosscoder(nn.Module):
@@ -67,6 +107,11 @@ class Crosscoder(nn.Module):
         self.nonlinearity = nonlinearity
         k = active_per_row(nonlinearity)
         self.budgets: list[Budget] = [] if k is None else nonlinearities.budgets(wiring, k)
+        self.cuts = [Cut() for _ in self.budgets or ("thresholds",)]
+        """Where the selections of training ended last, by budget; what the next one starts from."""
+        self._eval_cuts = deepcopy(self.cuts)
+        self.precision: Precision = "auto"
+        """Whether bf16 products may propose the pairs that fp32 decides on; codes are the same either way."""
         self.provenance: dict[str, Any] = {}
         self.folded_normaliser = False
         self.layouts = [GroupLayout(group, wiring) for group in wiring]
@@ -160,21 +205,38 @@ class Crosscoder(nn.Module):
         self, code: SparseCode | Float[Tensor, "rows latents"], x: Float[Tensor, "rows reads"] | None = None
     ) -> Float[Tensor, "rows writes"]:
         """Packed writes in normalised space, of a code or of a full matrix of values; `x` as in `decode`."""
-        num_rows = code.num_rows if isinstance(code, SparseCode) else code.shape[0]
-        start = self.bias.expand(num_rows, -1).split(list(self.writes.widths), dim=1)
-        return assemble(start, [*self._decoded(code), *self._skipped(x)])
+        if isinstance(code, SparseCode) and dispatch.dense(code.l0 / self.num_latents):
+            code = code.to_dense()
+        if isinstance(code, Tensor):
+            y = self._decoded_densely(code)
+        else:
+            parts = code.split([group.num_latents for group in self.wiring])
+            y = sparse.decode(self._decodings(parts), self.bias, num_rows=code.num_rows)
+        skipped = self._skipped(x)
+        return y if skipped is None else y + skipped
 
     def activity(self, x: Float[Tensor, "rows reads"], *, k: int | None = None) -> Activity:
         """The code of packed normalised reads, with what training needs beside it."""
-        parts = [layout.read(x) for layout in self.layouts]
-        if dispatch.dense(self.nonlinearity, training=self.training):
-            pre = self._block(parts, range(len(parts)), 0, x.shape[0])
-            f = torch.relu(pre) if isinstance(self.nonlinearity, ReLU) else self._jumped(pre)
-            return Activity(SparseCode.from_dense(f), f, pre)
+        reads = [layout.read(x) for layout in self.layouts]
+        encodings = self._encodings(reads)
+        thresholded = isinstance(self.nonlinearity, ReLU | JumpReLU)
+        if thresholded and self.training and dispatch.dense(selection.share_above(encodings, self._support())):
+            pre = torch.cat([torch.addmm(e.bias, e.x, e.encoder.T) for e in encodings], dim=1)
+            return Activity(reads, (), self._active(pre, self._jumps()), pre)
         with torch.no_grad():
-            found = self._select(parts, k)
-        pattern = Pattern(pointers(found.rows, num_rows=x.shape[0]), found.latents, self.num_latents)
-        return Activity(SparseCode.of(pattern, self._attach(parts, found, pattern)))
+            found = self._select(encodings, k)
+        codes = [self._attached(*parts) for parts in zip(encodings, found, self.weights, strict=True)]
+        return Activity(reads, codes)
+
+    def fit(self, activity: Activity, x: Float[Tensor, "rows reads"], target: Float[Tensor, "rows writes"]) -> Fit:
+        """How far the reconstruction of an activity is from packed normalised writes; `x` as in `decode`."""
+        if activity.f is not None:
+            error = target - self.decode_normalised(activity.f, x)
+            source_errors = sparse.squared_errors(error, self.writes.widths)
+            return Fit(error, source_errors.sum(), source_errors.detach())
+        skipped = self._skipped(x)
+        target = target if skipped is None else target - skipped
+        return sparse.fit(self._decodings(activity.groups), self.bias, target=target, widths=self.writes.widths)
 
     def normalise(self, x: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
         """`x̃` of rows packed over all sources; the rows themselves once the normaliser is folded in."""
@@ -202,6 +264,12 @@ class Crosscoder(nn.Module):
         """Set the gate to the code norm of the present decoder."""
         for weights, layout in zip(self.weights, self.layouts, strict=True):
             weights.gate.copy_(code_norm(layout.norms(weights.decoder), self.nonlinearity.code_norm))
+
+    def spend_gradients(self) -> None:
+        """Forget all gradients, as `zero_grad` does, and keep the memory of the large ones for the next."""
+        for weights in self.weights:
+            weights.spend_gradients()
+        self.bias.grad = None
 
     def calibrate(self, batches: Iterable[Float[Tensor, "_ reads"]]) -> None:
         """Set BatchTopK's thresholds to the scores that k latents per row exceed on `batches` (raw packed reads)."""
@@ -268,73 +336,79 @@ class Crosscoder(nn.Module):
             return self.mean
         return self.mean[torch.tensor(self.sources.columns(sources.keys), device=self.mean.device)]
 
-    def _jumped(self, pre: Tensor) -> Tensor:
-        assert isinstance(self.nonlinearity, JumpReLU), "only ReLU and JumpReLU are computed densely"
-        return jump_relu(pre, self.thresholds, bandwidth=self.nonlinearity.bandwidth)
-
-    def _select(self, parts: Sequence[Tensor], k: int | None) -> selection.Selection:
-        num_rows = parts[0].shape[0]
-        if not self.training and not isinstance(self.nonlinearity, TopK):
-            gate = torch.ones_like(self.gate) if isinstance(self.nonlinearity, JumpReLU) else self.gate
-            block = partial(self._block, parts, range(len(parts)))
-            return selection.above_threshold(block, num_rows=num_rows, gate=gate, threshold=self.thresholds)
-        pick = selection.top_k if isinstance(self.nonlinearity, TopK) else selection.batch_top_k
-        picked: list[selection.Selection] = []
-        for budget in self.budgets if k is None else nonlinearities.scaled(self.budgets, k):
-            block = partial(self._block, parts, budget.groups)
-            gate = torch.cat([self.weights[i].gate for i in budget.groups])
-            found = pick(block, num_rows=num_rows, gate=gate, k=budget.k)
-            picked.append(found if len(self.budgets) == 1 else found.renumbered(self._latents_of(budget)))
-        return picked[0] if len(picked) == 1 else selection.merged(picked, num_latents=self.num_latents)
-
-    def _block(self, parts: Sequence[Tensor], groups: Sequence[int], first: int, last: int) -> Tensor:
-        """Pre-activations of some rows in some groups."""
-        weights = self.weights
-        products = [torch.addmm(weights[i].encoder_bias, parts[i][first:last], weights[i].encoder.T) for i in groups]
-        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
-
-    def _latents_of(self, budget: Budget) -> Int[Tensor, "latents"]:
-        ranges = [self.wiring.latent_ranges[i] for i in budget.groups]
-        return torch.cat([torch.arange(first, last, device=self.bias.device) for first, last in ranges])
-
-    def _attach(self, parts: Sequence[Tensor], found: selection.Selection, pattern: Pattern) -> Tensor:
-        """The found values with their graph: the sparse backward of each group's encoder."""
-        if len(self.weights) == 1:
-            w = self.weights[0]
-            return sparse.encode(parts[0], w.encoder, w.encoder_bias, values=found.values, pattern=pattern)
-        values = torch.zeros_like(found.values)
-        for weights, part, layout in zip(self.weights, parts, self.layouts, strict=True):
-            of_group = layout.pairs(found.latents)
-            own = layout.pattern(found.rows[of_group], found.latents[of_group], num_rows=part.shape[0])
-            mine = sparse.encode(
-                part, weights.encoder, weights.encoder_bias, values=found.values[of_group], pattern=own
+    def _encodings(self, parts: Sequence[Tensor]) -> list[Encoding]:
+        gated = isinstance(self.nonlinearity, TopK | BatchTopK)
+        return [
+            Encoding(
+                x,
+                w.encoder,
+                w.encoder_bias,
+                w.gate if gated else torch.ones_like(w.gate),
+                w.rounded_encoder if dispatch.proposes(x, w.encoder, self.precision) else None,
             )
-            values = values.index_put((of_group,), mine)
-        return values
+            for x, w in zip(parts, self.weights, strict=True)
+        ]
 
-    def _decoded(self, code: SparseCode | Tensor) -> Iterable[tuple[int, Tensor]]:
-        for weights, layout in zip(self.weights, self.layouts, strict=True):
-            yield from layout.pieces(self._decode_group(code, weights, layout))
+    def _jumps(self) -> Tensor | None:
+        return self.thresholds if isinstance(self.nonlinearity, JumpReLU) else None
 
-    def _decode_group(self, code: SparseCode | Tensor, weights: GroupWeights, layout: GroupLayout) -> Tensor:
-        if isinstance(code, Tensor):
-            return reference.decode(code[:, layout.first : layout.last], weights.decoder)
-        own = code if len(self.weights) == 1 else code.of_latents(layout.first, layout.last)
-        if dispatch.dense(self.nonlinearity, training=self.training):
-            return reference.decode(own.to_dense(), weights.decoder)
-        return sparse.decode(own.values, weights.decoder, own.pattern)
+    def _support(self) -> list[Tensor]:
+        """What the score of a pair must exceed to be kept, group by group; in train mode with JumpReLU's windows."""
+        kind, sizes = self.nonlinearity, [group.num_latents for group in self.wiring]
+        if isinstance(kind, ReLU):
+            return list(torch.zeros_like(self.gate).split(sizes))
+        margin = kind.bandwidth / 2 if isinstance(kind, JumpReLU) and self.training else 0.0
+        return list((self.thresholds.detach() - margin).split(sizes))
 
-    def _skipped(self, x: Tensor | None) -> Iterable[tuple[int, Tensor]]:
+    def _active(self, pre: Tensor, jumps: Tensor | None) -> Tensor:
+        if jumps is None:
+            return torch.relu(pre)
+        assert isinstance(self.nonlinearity, JumpReLU), "nothing else has jumps"
+        return jump_relu(pre, jumps, bandwidth=self.nonlinearity.bandwidth)
+
+    def _select(self, encodings: Sequence[Encoding], k: int | None) -> list[SparseCode]:
+        cuts = self.cuts if self.training else self._eval_cuts
+        if not isinstance(self.nonlinearity, TopK) and not (self.training and self.budgets):
+            return selection.above_threshold(encodings, self._support(), cuts[0])
+        pick = selection.top_k if isinstance(self.nonlinearity, TopK) else selection.batch_top_k
+        budgets = self.budgets if k is None else nonlinearities.scaled(self.budgets, k)
+        found: dict[int, SparseCode] = {}
+        for budget, cut in zip(budgets, cuts, strict=True):
+            codes = pick([encodings[i] for i in budget.groups], budget.k, cut)
+            found |= dict(zip(budget.groups, codes, strict=True))
+        return [found[i] for i in range(len(encodings))]
+
+    def _attached(self, encoding: Encoding, found: SparseCode, weights: GroupWeights) -> SparseCode:
+        """The found values with their graph: the sparse backward of a group's encoder, and of its thresholds."""
+        code = sparse.encode(encoding.x, encoding.encoder, encoding.bias, code=found, spares=weights.spares)
+        if not isinstance(self.nonlinearity, ReLU | JumpReLU):
+            return code
+        jumps = None if weights.log_threshold is None else weights.log_threshold.exp()[code.latents]
+        return SparseCode.of(code.pattern, self._active(code.values, jumps))
+
+    def _decodings(self, codes: Sequence[SparseCode]) -> list[Decoding]:
+        groups = zip(codes, self.weights, self.layouts, strict=True)
+        return [Decoding(code, weights.decoder, layout, weights.spares) for code, weights, layout in groups]
+
+    def _decoded_densely(self, f: Tensor) -> Tensor:
+        start = self.bias.expand(f.shape[0], -1).split(list(self.writes.widths), dim=1)
+        groups = list(zip(self.weights, self.layouts, strict=True))
+        parts = [(layout, reference.decode(f[:, layout.first : layout.last], w.decoder)) for w, layout in groups]
+        return assemble(start, [piece for layout, part in parts for piece in layout.pieces(part)])
+
+    def _skipped(self, x: Tensor | None) -> Tensor | None:
+        """What the affine paths add to the packed writes, if there are any."""
         paths = [(w, layout) for w, layout in zip(self.weights, self.layouts, strict=True) if w.skip is not None]
-        if paths and x is None:
+        if not paths:
+            return None
+        if x is None:
             raise SourceMismatch(
                 "this crosscoder has affine paths from its reads to its writes; a code alone does not give them.",
                 details=[f"{layout.group.name}  reads {', '.join(layout.group.reads)}" for _, layout in paths],
                 hint="Call decode(code, x) with the packed reads that were encoded.",
             )
-        for weights, layout in paths:
-            assert x is not None, "refused above"
-            yield from layout.skip_pieces(weights, x)
+        start = x.new_zeros(()).expand(x.shape[0], self.writes.width).split(list(self.writes.widths), dim=1)
+        return assemble(start, [piece for weights, layout in paths for piece in layout.skip_pieces(weights, x)])
 
     def _to_space(self, space: Space) -> Tensor:
         """What turns stored norms at the written sources into norms of `space`."""

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from crosscoder.codes import Pattern, pointers
+from crosscoder.kernels.spares import Spares
 from crosscoder.nonlinearities import CodeNorm
 from crosscoder.sources import SourceSet
 from crosscoder.wiring import LatentGroup, Wiring
@@ -39,15 +39,54 @@ class GroupWeights(nn.Module):
         self.threshold: Tensor
         self.register_buffer("gate", torch.ones(num_latents))
         self.register_buffer("threshold", torch.full((), float("nan")))
+        self.spares = Spares()
+        self._rounded: Tensor | None = None
+        self._rounded_at: tuple[int, int] | None = None
+
+    @property
+    def rounded_encoder(self) -> Float[Tensor, "latents reads"]:
+        """The encoder in bf16; the same copy until the encoder may have changed.
+
+        Whatever records a graph may be followed by an update, and a fused one does not count as a new version.
+        """
+        encoder = self.encoder.detach()
+        lasting = not (torch.is_grad_enabled() and self.encoder.requires_grad)
+        now = (encoder._version, encoder.data_ptr()) if lasting else None  # pyright: ignore[reportPrivateUsage]
+        if self._rounded is None or self._rounded.device != encoder.device:
+            self._rounded = encoder.to(torch.bfloat16)
+        elif now is None or now != self._rounded_at:
+            self._rounded.copy_(encoder)
+        self._rounded_at = now
+        return self._rounded
+
+    def spend_gradients(self) -> None:
+        """Forget the gradients, which an update has used, and keep the memory of the large ones."""
+        for name, parameter in self.named_parameters():
+            if name in ("encoder", "decoder"):
+                self.spares.put(name, parameter.grad)
+            parameter.grad = None
 
 
 class GroupPart:
-    """Some latents of one group: their weights, differentiable, and the group's layout."""
+    """Some latents of one group: their weights as leaves of a graph of their own, and the group's layout.
+
+    The gradients of a few latents stay as small as they are; `add_gradients` puts them where they belong.
+    """
 
     def __init__(self, weights: GroupWeights, ids: Tensor, *, layout: GroupLayout) -> None:
-        self.encoder, self.bias = weights.encoder[ids], weights.encoder_bias[ids]
-        self.decoder, self.gate = weights.decoder[ids], weights.gate[ids]
+        self._ids = ids
+        self._whole = (weights.encoder, weights.encoder_bias, weights.decoder)
+        self._leaves = [parameter.detach()[ids].requires_grad_() for parameter in self._whole]
+        self.encoder, self.bias, self.decoder = self._leaves
+        self.gate = weights.gate[ids]
         self.read, self.pieces = layout.read, layout.pieces
+
+    def add_gradients(self) -> None:
+        """Add the gradients of the leaves to those of the group."""
+        for parameter, leaf in zip(self._whole, self._leaves, strict=True):
+            if leaf.grad is not None:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad.index_add_(0, self._ids, leaf.grad)
 
 
 class GroupLayout:
@@ -66,6 +105,8 @@ class GroupLayout:
         self._skip_ids = [wiring.writes.index(key) for key in skipped]
         self.read = Columns(wiring.reads, group.reads)
         self.written = Columns(wiring.writes, group.writes)
+        copies = [(key,) for key in own.keys] if group.tied == "decoder" else [own.keys]
+        self._written = [Columns(wiring.writes, keys) for keys in copies]
         self.skip_written = Columns(wiring.writes, tuple(skipped)) if skipped else None
 
     def new_weights(self, encoder: Tensor, decoder: Tensor, *, log_threshold: float | None) -> GroupWeights:
@@ -77,6 +118,16 @@ class GroupLayout:
         if self.group.tied == "decoder":
             return ((i, part) for i in self.source_ids)
         return zip(self.source_ids, part.split(list(self.widths), dim=1), strict=True)
+
+    def add_(self, writes: Float[Tensor, "rows writes"], part: Float[Tensor, "rows stored"]) -> None:
+        """Add the product with the stored decoder onto the packed writes, in place."""
+        for columns in self._written:
+            columns.add_to(writes, part)
+
+    def gather(self, writes: Float[Tensor, "rows writes"]) -> Float[Tensor, "rows stored"]:
+        """What a gradient of the packed writes is to that product: the transpose of `add_`."""
+        first, *others = (columns(writes) for columns in self._written)
+        return sum(others, start=first)
 
     def skip_pieces(self, weights: GroupWeights, x: Float[Tensor, "rows reads"]) -> Iterator[Piece]:
         """What the affine path adds to the sources that it goes to."""
@@ -109,12 +160,8 @@ class GroupLayout:
         return GroupPart(weights, latents[self.pairs(latents)] - self.first, layout=self)
 
     def pairs(self, latents: Tensor) -> Tensor:
-        """Which active pairs belong to this group."""
+        """Which of `latents` belong to this group."""
         return ((latents >= self.first) & (latents < self.last)).nonzero().squeeze(1)
-
-    def pattern(self, rows: Tensor, latents: Tensor, *, num_rows: int) -> Pattern:
-        """The pattern of pairs that all belong to this group."""
-        return Pattern(pointers(rows, num_rows=num_rows), latents - self.first, self.last - self.first)
 
 
 class Columns:
@@ -130,13 +177,19 @@ class Columns:
         """The columns of `x` (last dimension)."""
         if self._slice is not None:
             return x[..., self._slice]
-        if self._index.device != x.device:
-            self._index = self._index.to(x.device)
-        return x.index_select(-1, self._index)
+        return x.index_select(-1, self._index_on(x.device))
 
-    def add_to(self, x: Float[Tensor, "width"], values: Float[Tensor, "columns"]) -> None:
-        """Add `values` onto these columns of the vector `x`, in place."""
-        x[self._slice if self._slice is not None else self._index.to(x.device)] += values
+    def add_to(self, x: Float[Tensor, "*rows width"], values: Float[Tensor, "*rows columns"]) -> None:
+        """Add `values` onto these columns of `x`, in place."""
+        if self._slice is not None:
+            x[..., self._slice] += values
+        else:
+            x.index_add_(-1, self._index_on(x.device), values)
+
+    def _index_on(self, device: torch.device) -> Tensor:
+        if self._index.device != device:
+            self._index = self._index.to(device)
+        return self._index
 
 
 def code_norm(norms: Float[Tensor, "latents sources"], kind: CodeNorm) -> Float[Tensor, "latents"]:

@@ -97,7 +97,9 @@ def test_auxk_reaches_dead_encoders_and_decoders_and_nothing_else() -> None:
     x = torch.randn(60, 24, dtype=torch.float64)
     error = x - cc.decode_normalised(cc.encode_normalised(x))
     dead = torch.tensor([2, 5, 21, 27])
-    losses.auxiliary(cc, x, error, dead=dead, k_aux=2).backward()
+    auxiliary = losses.auxiliary(cc, x, error, dead=dead, k_aux=2)
+    auxiliary.loss.backward()
+    auxiliary.add_gradients()
     assert cc.bias.grad is None
     for weights, own in zip(cc.weights, ([2, 5], [1, 7]), strict=True):
         for parameter in (weights.encoder, weights.decoder, weights.encoder_bias):
@@ -114,7 +116,7 @@ def test_auxk_by_definition_in_one_group() -> None:
     score = pre * cc.decoder_norms()[dead].sum(1)
     f = torch.relu(pre) * (score >= score.topk(2, dim=1).values[:, -1:])
     expected = (error - f @ cc.weights[0].decoder[dead]).square().sum(1).mean()
-    torch.testing.assert_close(losses.auxiliary(cc, x, error, dead=dead, k_aux=2), expected)
+    torch.testing.assert_close(losses.auxiliary(cc, x, error, dead=dead, k_aux=2).loss, expected)
 
 
 def test_auxk_shares_its_latents_among_groups() -> None:
@@ -128,7 +130,7 @@ def test_auxk_shares_its_latents_among_groups() -> None:
     one.settle()
     x, error = torch.randn(30, 24, dtype=torch.float64), torch.randn(30, 24, dtype=torch.float64)
     dead = torch.tensor([0, 3, 4, 7, 9, 11])
-    found, expected = (losses.auxiliary(c, x, error, dead=dead, k_aux=2) for c in (cc, one))
+    found, expected = (losses.auxiliary(c, x, error, dead=dead, k_aux=2).loss for c in (cc, one))
     torch.testing.assert_close(found, expected)
 
 
@@ -149,7 +151,8 @@ def test_auxk_alone_moves_dead_latents_and_lets_them_explain_the_error() -> None
         x = cc.normalise(ToyWorld().rows(500, 7))
         with torch.no_grad():
             error = x - cc.decode_normalised(cc.encode_normalised(x))
-            left = losses.auxiliary(cc, x, error, dead=torch.arange(32), k_aux=6) / error.square().sum(1).mean()
+            aux = losses.auxiliary(cc, x, error, dead=torch.arange(32), k_aux=6).loss
+            left = aux / error.square().sum(1).mean()
         return before, cc.weights[0].encoder[:32].detach(), float(left)
 
     before, after, left = train(0.0)
@@ -166,7 +169,7 @@ def test_l1_of_norms_by_hand() -> None:
         cc.weights[0].decoder.zero_()
         cc.weights[0].decoder[0, 0], cc.weights[0].decoder[0, 10] = 3.0, 4.0
         cc.weights[0].decoder[1, 1] = 2.0
-    activity = Activity(SparseCode.from_dense(torch.tensor([[1.0, 0.0], [2.0, 5.0]])))
+    activity = Activity([torch.zeros(2, 20)], [SparseCode.from_dense(torch.tensor([[1.0, 0.0], [2.0, 5.0]]))])
     found = losses.sparsity(activity, cc, L1Sparsity(coefficient=9.0), coefficient=0.5)
     assert found.item() == 0.5 * (1 * 7 + 2 * 7 + 5 * 2) / 2
 
@@ -174,9 +177,9 @@ def test_l1_of_norms_by_hand() -> None:
 def test_dead_latents_are_counted_in_rows_and_take_turns() -> None:
     dead = DeadLatents(4, after_rows=5)
     code = SparseCode.from_dense(torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 2.0], [0.0, 0.0, 0.0, 1.0]]))
-    dead.update(code)
+    dead.update(Activity([torch.zeros(3, 2)], [code]))
     assert dead.rows_since_fired.tolist() == [3, 0, 3, 0]
-    dead.update(code)
+    dead.update(Activity([torch.zeros(3, 2)], [code]))
     assert dead.ids.tolist() == [0, 2]
     assert [dead.taking_turns(step, at_most=1).tolist() for step in range(3)] == [[0], [2], [0]]
 

@@ -1,15 +1,46 @@
 """The one rule for which kernels run.
 
-ReLU keeps about half of all latents early in training, where compressed rows cost more than a dense product, and the
-gradient of JumpReLU's thresholds comes from silent latents too: these two train densely. Every other code has a few
-latents in thousands, where everything after the encoder is sparse.
+    proposer   a bf16 product proposes and fp32 decides, where the machine multiplies bf16 faster and the product is
+               large
+    dense      full matrices, where more than one pair in sixteen is active: compressed rows then cost more
+
+Selections and gradients are the same either way (`candidates.py`); `precision` overrides the first: `float32` never
+proposes in bf16, `mixed` always does.
 """
 
 from __future__ import annotations
 
-from crosscoder.nonlinearities import JumpReLU, Nonlinearity, ReLU
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Precision = Literal["auto", "float32", "mixed"]
+DENSE_SHARE = 1 / 16
+SMALL_PRODUCT = 2**28
+"""Multiplications below which a bf16 product is not worth its copies."""
 
 
-def dense(nonlinearity: Nonlinearity, *, training: bool) -> bool:
-    """Whether codes of this nonlinearity are computed and decoded as full matrices."""
-    return isinstance(nonlinearity, ReLU) or (training and isinstance(nonlinearity, JumpReLU))
+def proposes(x: Tensor, encoder: Tensor, precision: Precision) -> bool:
+    """Whether a bf16 copy of the encoder proposes the pairs that fp32 then decides on."""
+    if encoder.dtype != torch.float32 or precision == "float32":
+        return False
+    large = x.shape[0] * encoder.numel() >= SMALL_PRODUCT
+    return precision == "mixed" or (large and fast_in_bf16(encoder.device.type))
+
+
+@cache
+def fast_in_bf16(device_type: str) -> bool:
+    """Whether this machine has instructions for bf16 products."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type != "cpu":
+        return False
+    cpu = torch.cpu
+    return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
+
+
+def dense(share: float) -> bool:
+    """Whether a code with this share of its pairs active is better computed in full matrices."""
+    return share > DENSE_SHARE

@@ -3,8 +3,9 @@
     f = p · 1[p > θ]      ∂f/∂p = 1[p > θ]      ∂f/∂θ = −(θ/ε) · 1[|p − θ| < ε/2]
 
 The last is the exact derivative of `E_u f(p + u)`, u uniform on [−ε/2, ε/2]: of f smoothed over the window. It acts on
-silent latents too, so f is computed densely. Source: Rajamanoharan et al. 2024, eq. 11; bandwidth ε of the January 2025
-recipe. The threshold is kept as its logarithm, whose gradient has another factor θ by the chain rule.
+silent latents too: what it is given must hold every pair within the window. Source: Rajamanoharan et al. 2024, eq. 11;
+bandwidth ε of the January 2025 recipe. The threshold is kept as its logarithm, whose gradient has another factor θ by
+the chain rule.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ class _JumpReLU(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         pre, threshold = ctx.saved_tensors
         near = (pre - threshold).abs() < ctx.bandwidth / 2
-        grad_threshold = (grad_outputs[0] * near).sum(0) * (-threshold / ctx.bandwidth)
+        grad_threshold = (grad_outputs[0] * near).sum_to_size(threshold.shape) * (-threshold / ctx.bandwidth)
         return grad_outputs[0] * (pre > threshold), grad_threshold, None
 
 
 def jump_relu(
-    pre: Float[Tensor, "rows latents"], threshold: Float[Tensor, "latents"], *, bandwidth: float
-) -> Float[Tensor, "rows latents"]:
-    """`p · 1[p > θ]`, differentiable in the pre-activations and, through the window, in the thresholds."""
+    pre: Float[Tensor, "*rows pairs"], threshold: Float[Tensor, "pairs"], *, bandwidth: float
+) -> Float[Tensor, "*rows pairs"]:
+    """`p · 1[p > θ]` of a full matrix or of pairs, differentiable in `p` and, through the window, in the thresholds."""
     return _JumpReLU.apply(pre, threshold, bandwidth)  # pyright: ignore[reportReturnType]

@@ -1,113 +1,312 @@
-"""Exact selection of active latents, a block of rows at a time, so that no (rows × latents) matrix has to exist.
+"""Exact selection of active latents among candidates; no (rows x latents) matrix has to exist, no list is sorted whole.
 
-BatchTopK keeps the k·B largest positive scores of the batch. A cut is estimated on the first rows (well below the
-expected threshold); every block gives its scores above the cut; the k·B largest of those are the answer if there are
-that many, since everything else is smaller. If there are fewer, the cut is lowered and the pass is made again.
-No sort of the whole batch, and the result is the same as `reference.batch_top_k_mask` but for ties.
+    BatchTopK   the k·B largest positive scores of the batch
+    TopK        in each row, the k largest positive scores
+    threshold   every pre-activation above its own latent's threshold
+
+A cut somewhat below the expected threshold gives the candidates. The largest of those are the answer if the lowest
+score kept lies further above the cut than the proposing product errs (`candidates.py`); otherwise, or if candidates
+are too few, the cut is lowered and they are found anew. Among equal scores at the threshold the lowest row wins, then
+the lowest latent. So what is kept is what the definition keeps in full precision, whatever the cut was: a cut decides
+how long it takes, and no more of the values than their last bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-BLOCK_ROWS = 512
+from crosscoder.codes import SparseCode
+from crosscoder.kernels import candidates
+from crosscoder.kernels.candidates import Candidates, Encoding
+
 SAMPLE_ROWS = 128
-OVERSHOOTS = (1.3, 2.0, 4.0)
-"""How many times the candidates needed the cut aims at, try by try; what is left then is to take all positive ones."""
-
-Block = Callable[[int, int], Tensor]
-"""Pre-activations (rows, latents) of the rows from first to last."""
-
-
-class Selection:
-    """Active pairs of a batch: rows (sorted), latents and pre-activations."""
-
-    def __init__(self, rows: Int[Tensor, "active"], latents: Int[Tensor, "active"], values: Tensor) -> None:
-        self.rows, self.latents, self.values = rows, latents, values
-
-    def renumbered(self, latents: Int[Tensor, "latents"]) -> Selection:
-        """The same pairs with each latent under the number that `latents` gives it."""
-        return Selection(self.rows, latents[self.latents], self.values)
+OVERSHOOT = 1.3
+"""How many times the candidates needed a sampled cut aims at."""
+MOST_TRIES = 12
+NO_LIMIT = 2**62
+ROOM = 6
+"""A cut that gives more candidates than so many times what is kept is of another time."""
 
 
-def above_threshold(
-    block: Block, *, num_rows: int, gate: Float[Tensor, "latents"], threshold: Tensor | float
-) -> Selection:
-    """Every pair whose score is above the threshold."""
-    return _above(block, num_rows=num_rows, gate=gate, cut=threshold)
+@dataclass
+class Cut:
+    """Where the last selection of one budget ended, from which the next one starts; what is kept does not depend on
+    it.
+    """
+
+    score: float = 0.0
+    """The last threshold; 0 before the first."""
+    margin: float = 0.05
+    """How far below it the next cut lies, as a share of it; follows how far thresholds move."""
+    slack: float = 0.0
+    """By how much the proposing product may err, in units of scores."""
+
+    @property
+    def guess(self) -> float:
+        """The cut to try first; not positive before the first selection."""
+        return self.score * (1 - self.margin) - self.slack
+
+    def learn(self, score: float, *, deviation: float) -> None:
+        """Take note of the threshold that a selection ended at."""
+        moved = abs(score - self.score) / self.score if self.score else 0.0
+        self.margin = min(0.3, max(0.02, 0.95 * self.margin, 2 * moved))
+        self.score, self.slack = score, 3 * deviation
 
 
-def top_k(block: Block, *, num_rows: int, gate: Float[Tensor, "latents"], k: int) -> Selection:
-    """The k largest positive scores of every row."""
-    parts: list[Selection] = []
-    for first, last in _blocks(num_rows):
-        pre = block(first, last)
-        score, latents = (pre * gate).topk(min(k, pre.shape[1]), dim=1)
-        latents = torch.where(score > 0, latents, pre.shape[1]).sort(dim=1).values  # unused slots go last
-        rows, slots = (latents < pre.shape[1]).nonzero(as_tuple=True)
-        kept = latents[rows, slots]
-        parts.append(Selection(rows + first, kept, pre[rows, kept]))
-    return _joined(parts)
+@dataclass(frozen=True)
+class _Found:
+    """Candidates of all groups above a cut in scores."""
+
+    parts: Sequence[Candidates]
+    low: float
+    full_precision: bool
+
+    @property
+    def scores(self) -> Tensor:
+        return torch.cat([part.scores for part in self.parts])
+
+    @property
+    def reach(self) -> float:
+        """No score that is not among the candidates is higher."""
+        return self.low + 2 * self.deviation
+
+    @property
+    def deviation(self) -> float:
+        return max(part.deviation for part in self.parts)
 
 
-def merged(parts: list[Selection], *, num_latents: int) -> Selection:
-    """Selections among different latents as one, by row and latent."""
-    every = _joined(parts)
-    order = (every.rows * num_latents + every.latents).argsort()
-    return Selection(every.rows[order], every.latents[order], every.values[order])
+class _Bracket:
+    """The cut to try next, between one that gave too many candidates and one that gave too few."""
+
+    def __init__(self, low: float) -> None:
+        self.low = low
+        self._too_many, self._too_few, self._tries = 0.0, torch.inf, 0
+
+    def raise_above(self, low: float, *, at_least: float) -> None:
+        """`low` gave too many."""
+        self._too_many = max(low, self._too_many)
+        self._next(at_least, otherwise=2 * low + at_least)
+
+    def lower_below(self, low: float, *, at_most: float) -> None:
+        """`low` gave too few."""
+        self._too_few = min(low, self._too_few)
+        self._next(at_most, otherwise=low / 2)
+
+    def _next(self, sampled: float, *, otherwise: float) -> None:
+        """What a sample says, if it is news; then the middle; and in the end all that is positive."""
+        self._tries += 1
+        if self._tries == 1 and self._too_many < sampled < self._too_few:
+            self.low = sampled
+        elif self._tries >= MOST_TRIES or (self._too_many == 0 and self._tries > MOST_TRIES // 3):
+            self.low = 0.0
+        else:
+            self.low = otherwise if self._too_few == torch.inf else (self._too_many + self._too_few) / 2
 
 
-def batch_top_k(block: Block, *, num_rows: int, gate: Float[Tensor, "latents"], k: int) -> Selection:
-    """The k·rows largest positive scores of the batch."""
-    count = k * num_rows
-    found = _candidates(block, num_rows=num_rows, gate=gate, k=k)
-    if found.values.shape[0] <= count:
-        return found
-    kept = (found.values * gate[found.latents]).topk(count, sorted=False).indices.sort().values
-    return Selection(found.rows[kept], found.latents[kept], found.values[kept])
+def batch_top_k(encodings: Sequence[Encoding], k: int, cut: Cut) -> list[SparseCode]:
+    """The k·rows largest positive scores of all groups together, as one code per group."""
+    num_rows = encodings[0].x.shape[0]
+    count = min(k * num_rows, num_rows * sum(e.num_latents for e in encodings))
+    found, lowest = _enough(encodings, count, k, cut)
+    cut.learn(lowest, deviation=found.deviation)
+    kept = _largest(found, count=count, lowest=lowest, num_latents=sum(e.num_latents for e in encodings))
+    return _codes(encodings, found.parts, kept)
 
 
-def _candidates(block: Block, *, num_rows: int, gate: Tensor, k: int) -> Selection:
-    """At least the k·rows largest scores, or all that are positive."""
-    sample = block(0, min(num_rows, SAMPLE_ROWS)) * gate
-    for overshoot in OVERSHOOTS:
-        found = _above(block, num_rows=num_rows, gate=gate, cut=_estimated_cut(sample, overshoot * k))
-        if found.values.shape[0] >= k * num_rows:
-            return found
-    return _above(block, num_rows=num_rows, gate=gate, cut=0.0)
+def top_k(encodings: Sequence[Encoding], k: int, cut: Cut) -> list[SparseCode]:
+    """The k largest positive scores of every row among all groups together, as one code per group.
+
+    One cut serves all rows; the few rows whose k-th score does not lie safely above it are done one by one.
+    """
+    num_rows = encodings[0].x.shape[0]
+    k = min(k, sum(e.num_latents for e in encodings))
+    found = _above(encodings, cut.guess, at_most=ROOM * k * num_rows) if cut.guess > 0 else None
+    if found is None:
+        found = _above(encodings, _low_row(encodings, k), at_most=ROOM * k * num_rows)
+    if found is None:
+        return _row_by_row(encodings, torch.arange(num_rows, device=encodings[0].x.device), k)
+    lowest, kept = _largest_of_rows(found, num_rows=num_rows, k=k)
+    safe = lowest > max(found.reach, 0.0)
+    if found.full_precision and found.low <= 0:
+        safe = torch.ones_like(safe)
+    cut.learn(_low_quantile(lowest), deviation=found.deviation)
+    codes = _codes(encodings, found.parts, kept & safe[torch.cat([part.rows for part in found.parts])])
+    short = (~safe).nonzero().squeeze(1)
+    if not short.shape[0]:
+        return codes
+    return [_both(a, b) for a, b in zip(codes, _row_by_row(encodings, short, k), strict=True)]
 
 
-def _estimated_cut(score: Float[Tensor, "rows latents"], per_row: float) -> float:
-    """A score that about `per_row` pairs per row of the sample exceed; 0 when fewer are positive."""
-    sample = score.flatten()
-    if per_row * len(score) + 1 >= sample.numel():
+def above_threshold(encodings: Sequence[Encoding], thresholds: Sequence[Tensor], cut: Cut) -> list[SparseCode]:
+    """Every pair whose score is above its latent's threshold, as one code per group."""
+    while True:
+        cuts = [_lowered(e, t, cut.slack) for e, t in zip(encodings, thresholds, strict=True)]
+        parts = candidates.above(encodings, cuts, at_most=NO_LIMIT)
+        assert parts is not None, "there is no limit"
+        deviation = max(part.deviation for part in parts)
+        if all(e.proposer is None for e in encodings) or cut.slack > 2 * deviation > 0:
+            break
+        if deviation == 0:  # nothing was proposed, so nothing says how far the product errs
+            encodings = _in_full(encodings)
+        cut.slack = 4 * deviation
+    kept = [part.scores > t[part.latents] for part, t in zip(parts, thresholds, strict=True)]
+    return _codes(encodings, parts, torch.cat(kept))
+
+
+@torch.no_grad()
+def share_above(encodings: Sequence[Encoding], thresholds: Sequence[Tensor]) -> float:
+    """About which share of all pairs scores above its latent's threshold, from a sample of rows."""
+    scores = _sampled_scores(encodings)
+    return float((scores > torch.cat(list(thresholds))).float().mean()) if scores.numel() else 0.0
+
+
+def _enough(encodings: Sequence[Encoding], count: int, k: int, cut: Cut) -> tuple[_Found, float]:
+    """Candidates among which the `count` largest positive scores surely are, and the lowest of those."""
+    bracket = _Bracket(cut.guess if cut.guess > 0 else _sampled_cut(encodings, OVERSHOOT * k))
+    for attempt in range(MOST_TRIES + 1):
+        low = bracket.low
+        limit = ROOM * count if attempt < MOST_TRIES else NO_LIMIT
+        found = _above(encodings if low > 0 else _in_full(encodings), low, at_most=limit)
+        lowest = _kth(found, count)
+        if found is None:
+            bracket.raise_above(low, at_least=_sampled_cut(encodings, k))
+        elif lowest > max(found.reach, 0.0) or low <= 0:
+            return found, max(0.0, lowest)
+        elif lowest > 0:
+            bracket.low = max(0.0, lowest - 4 * found.deviation)
+        else:
+            bracket.lower_below(low, at_most=_sampled_cut(encodings, OVERSHOOT * k))
+    raise AssertionError("the last try has no limit and starts from zero")
+
+
+def _kth(found: _Found | None, count: int) -> float:
+    """The count-th largest score of the candidates, 0 where there are fewer."""
+    if found is None or (scores := found.scores).shape[0] < count or not count:
         return 0.0
-    wanted = int(per_row * len(score)) + 1
-    return max(0.0, float(sample.topk(wanted, sorted=False).values.min()))
+    return float(scores.kthvalue(scores.shape[0] - count + 1).values)
 
 
-def _above(block: Block, *, num_rows: int, gate: Tensor, cut: Tensor | float) -> Selection:
-    parts: list[Selection] = []
-    for first, last in _blocks(num_rows):
-        pre = block(first, last)
-        score = pre * gate
-        rows, latents = (score > cut).nonzero(as_tuple=True)
-        parts.append(Selection(rows + first, latents, pre[rows, latents]))
-    return _joined(parts)
+def _above(encodings: Sequence[Encoding], low: float, *, at_most: int) -> _Found | None:
+    cuts = [torch.where(e.gate > 0, low / e.gate, torch.inf) for e in encodings]
+    parts = candidates.above(encodings, cuts, at_most=at_most)
+    return None if parts is None else _Found(parts, low, all(e.proposer is None for e in encodings))
 
 
-def _blocks(num_rows: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, max(num_rows, 1), BLOCK_ROWS):
-        yield first, min(first + BLOCK_ROWS, num_rows)
+def _in_full(encodings: Sequence[Encoding]) -> list[Encoding]:
+    return [replace(e, proposer=None) for e in encodings]
 
 
-def _joined(parts: list[Selection]) -> Selection:
-    return Selection(
-        torch.cat([part.rows for part in parts]),
-        torch.cat([part.latents for part in parts]),
-        torch.cat([part.values for part in parts]),
-    )
+def _lowered(encoding: Encoding, threshold: Tensor, slack: float) -> Tensor:
+    """A cut on pre-activations that surely lies below the threshold on scores."""
+    rounding = 4 * torch.finfo(threshold.dtype).eps * threshold.abs()
+    low = threshold - rounding - (slack if encoding.proposer is not None else 0.0)
+    return torch.where(encoding.gate > 0, low / encoding.gate, torch.inf)
+
+
+def _sampled_cut(encodings: Sequence[Encoding], per_row: float) -> float:
+    """A score that about `per_row` pairs per row exceed; 0 when fewer are positive."""
+    sample = _sampled_scores(encodings)
+    wanted = int(per_row * len(sample)) + 1
+    if wanted >= sample.numel():
+        return 0.0
+    return max(0.0, float(sample.flatten().topk(wanted, sorted=False).values.min()))
+
+
+def _low_row(encodings: Sequence[Encoding], k: int) -> float:
+    """A score that all but a few rows have k pairs above; 0 when they have not."""
+    return _low_quantile(_sampled_scores(encodings).topk(k, dim=1).values[:, -1])
+
+
+def _low_quantile(lowest: Float[Tensor, "rows"]) -> float:
+    """The score that all but two in a hundred rows reach."""
+    return max(0.0, float(lowest.kthvalue(1 + lowest.shape[0] // 50).values)) if lowest.shape[0] else 0.0
+
+
+def _sampled_scores(encodings: Sequence[Encoding]) -> Float[Tensor, "sample latents"]:
+    num_rows = encodings[0].x.shape[0]
+    rows = torch.arange(0, num_rows, max(1, num_rows // SAMPLE_ROWS), device=encodings[0].x.device)
+    return torch.cat([e.scores(rows) for e in encodings], dim=1)
+
+
+def _largest(found: _Found, *, count: int, lowest: float, num_latents: int) -> Bool[Tensor, "found"]:
+    """Which candidates are the `count` largest positive ones, the last of which has the score `lowest`."""
+    scores = found.scores
+    kept = scores > lowest
+    missing = count - int(kept.sum()) if lowest > 0 else 0
+    if missing:
+        ties = (scores == lowest).nonzero().squeeze(1)
+        places = _places(found, num_latents)[ties]
+        kept[ties[places.topk(min(missing, len(ties)), largest=False).indices]] = True
+    return kept
+
+
+def _places(found: _Found, num_latents: int) -> Tensor:
+    """The place of every candidate in a full matrix, read row by row."""
+    return torch.cat([part.rows for part in found.parts]) * num_latents + _global_latents(found)
+
+
+def _global_latents(found: _Found) -> Tensor:
+    firsts = [0]
+    for part in found.parts:
+        firsts.append(firsts[-1] + part.num_latents)
+    return torch.cat([part.latents + first for part, first in zip(found.parts, firsts, strict=False)])
+
+
+def _largest_of_rows(found: _Found, *, num_rows: int, k: int) -> tuple[Tensor, Bool[Tensor, "found"]]:
+    """The k-th largest score of every row, −∞ where it has fewer, and which candidates are its k largest positive."""
+    rows = torch.cat([part.rows for part in found.parts])
+    order = rows.argsort(stable=True)  # row by row, and there by latent, as groups and latents ascend
+    counts = torch.bincount(rows, minlength=num_rows)
+    slots = torch.arange(rows.shape[0], device=rows.device) - (counts.cumsum(0) - counts)[rows[order]]
+    padded = found.scores.new_full((num_rows, max(k, int(counts.max()) if len(rows) else 0)), -torch.inf)
+    padded[rows[order], slots] = found.scores[order]
+    lowest = padded.topk(k, dim=1).values[:, -1]
+    kept = torch.empty_like(rows, dtype=torch.bool)
+    kept[order] = _row_maxima(padded, lowest, k)[rows[order], slots]
+    return lowest, kept
+
+
+def _row_maxima(scores: Float[Tensor, "rows some"], lowest: Tensor, k: int) -> Bool[Tensor, "rows some"]:
+    """The k largest positive entries of every row, of which `lowest` is the last; of equal ones the first."""
+    above, equal = scores > lowest[:, None], scores == lowest[:, None]
+    room = k - above.sum(1, keepdim=True)
+    return (above | (equal & (equal.cumsum(1) <= room))) & (scores > 0)
+
+
+def _row_by_row(encodings: Sequence[Encoding], rows: Tensor, k: int) -> list[SparseCode]:
+    """TopK of some rows, the others empty, from all their scores."""
+    pairs: list[tuple[Tensor, ...]] = []
+    for some in rows.split(SAMPLE_ROWS):
+        pre = torch.cat([torch.addmm(e.bias, e.x[some], e.encoder.T) for e in encodings], dim=1)
+        scores = pre * torch.cat([e.gate for e in encodings])
+        row, latent = _row_maxima(scores, scores.topk(k, dim=1).values[:, -1], k).nonzero(as_tuple=True)
+        pairs.append((some[row], latent, pre[row, latent]))
+    row, latent, values = (torch.cat(column) for column in zip(*pairs, strict=True))
+    sizes = [e.num_latents for e in encodings]
+    size = (encodings[0].x.shape[0], sum(sizes))
+    return SparseCode.from_pairs(row, latent, values, size=size).split(sizes)
+
+
+def _both(a: SparseCode, b: SparseCode) -> SparseCode:
+    """The pairs of two codes of different rows."""
+    rows, latents = torch.cat([a.row_ids, b.row_ids]), torch.cat([a.latents, b.latents])
+    order = rows.argsort(stable=True)
+    values = torch.cat([a.values, b.values])[order]
+    return SparseCode.from_pairs(rows[order], latents[order], values, size=(a.num_rows, a.num_latents))
+
+
+def _codes(encodings: Sequence[Encoding], parts: Sequence[Candidates], kept: Tensor) -> list[SparseCode]:
+    """The kept candidates as one code per group."""
+    codes: list[SparseCode] = []
+    own = kept.split([part.rows.shape[0] for part in parts])
+    for encoding, part, mask in zip(encodings, parts, own, strict=True):
+        pairs = mask.nonzero().squeeze(1)
+        rows, latents, values = part.rows[pairs], part.latents[pairs], part.values[pairs]
+        size = (encoding.x.shape[0], encoding.num_latents)
+        codes.append(SparseCode.from_latent_order(rows, latents, values, size=size))
+    return codes

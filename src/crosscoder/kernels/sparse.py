@@ -1,107 +1,197 @@
-"""Sparse kernels: everything after the encoder product touches only active pairs (r, i).
+"""Sparse encoding and decoding with their gradients: everything after the encoder product touches only active pairs.
 
-    values     v_p = x̃_r · e_i + b_i                    (computed by the dense product, kept where selected)
-    decode     ŷ_r = Σ_{p in row r} v_p d_i
-    backward   ∂v_p  = ∂ŷ_r · d_i
-               ∂d_i  = Σ_{p on i} v_p ∂ŷ_r      ∂e_i = Σ_{p on i} ∂v_p x̃_r      ∂b_i = Σ_{p on i} ∂v_p
+    values     v_p = x̃_r · e_i + b_i                      (computed by the selection, which needs them)
+    decode     ŷ_r = b_dec + Σ_{p in row r} v_p d_i       each group onto the columns that it writes
+    fit        e = y − ŷ,   L_s = ‖e_s‖² / rows,   L = Σ_s L_s
+    backward   ∂v_p  = ∂ŷ_r · d_i                         with ∂ŷ = −(2/rows) e under L
+               ∂d_i  = Σ_{p on i} v_p ∂ŷ_r                ∂e_i = Σ_{p on i} ∂v_p x̃_r      ∂b_i = Σ_{p on i} ∂v_p
 
-Both weight gradients are sums over the transposed list (by latent instead of by row), which is sorted once per code.
-Exact: no approximation beyond the order of summation.
+Exact: no approximation beyond the order of summation. `fit` is one operation because the gradient of a squared error is
+the error itself: no matrix of its size is written on the way back. Once differentiable.
 """
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.autograd.function import once_differentiable
 
-from crosscoder.codes import Pattern
-
-
-def sum_by_row(
-    pattern: Pattern, weights: Float[Tensor, "active"], table: Float[Tensor, "latents width"]
-) -> Float[Tensor, "rows width"]:
-    """`Σ_{p in row r} weights_p · table[latent_p]` for every row."""
-    return _segment_sums(pattern.latents, table, pattern.row_pointers, weights)
+from crosscoder.codes import Pattern, SparseCode
+from crosscoder.kernels import torch_ops as ops
+from crosscoder.kernels.spares import Spares
 
 
-def sum_by_latent(
-    pattern: Pattern, weights: Float[Tensor, "active"], table: Float[Tensor, "rows width"]
-) -> Float[Tensor, "latents width"]:
-    """`Σ_{p on latent i} weights_p · table[row_p]` for every latent."""
-    order = pattern.by_latent
-    return _segment_sums(pattern.row_ids[order], table, pattern.latent_pointers, weights[order])
+class Written(Protocol):
+    """Where the product with a group's stored decoder goes among the packed writes."""
+
+    def add_(self, writes: Tensor, part: Tensor) -> None:
+        """Add the product onto the packed writes, in place."""
+        ...
+
+    def gather(self, writes: Tensor) -> Tensor:
+        """What a gradient of the packed writes is to the product: the transpose of `add_`."""
+        ...
 
 
-def pair_products(
-    pattern: Pattern, left: Float[Tensor, "rows width"], right: Float[Tensor, "latents width"]
-) -> Float[Tensor, "active"]:
-    """`left[row_p] · right[latent_p]` for every pair."""
-    zeros = left.new_zeros(pattern.latents.shape[0])
-    size = (left.shape[0], pattern.num_latents)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse")  # torch announces that its CSR tensors are in beta
-        pairs = torch.sparse_csr_tensor(pattern.row_pointers, pattern.latents, zeros, size=size, check_invariants=False)
-        return torch.sparse.sampled_addmm(pairs, left, right.T, beta=0.0).values()
+@dataclass(frozen=True)
+class Decoding:
+    """One group's side of a decode: its code, its stored decoder, where that goes, and memory for its gradient."""
+
+    code: SparseCode
+    decoder: Float[Tensor, "latents stored"]
+    written: Written
+    spares: Spares
 
 
-def _segment_sums(index: Tensor, table: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
-    if starts.shape[0] == 1:
-        return table.new_zeros(0, table.shape[1])
-    return embedding_bag(index, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
+@dataclass(frozen=True)
+class Fit:
+    """How far a reconstruction is from its target: `e = y − ŷ`, and `‖e_s‖²` per source, means over rows."""
+
+    error: Float[Tensor, "rows writes"]
+    total: Float[Tensor, ""]
+    source_errors: Float[Tensor, "sources"]
+    """Not differentiable; their sum, `total`, is."""
+
+
+def encode(
+    x: Float[Tensor, "rows reads"],
+    encoder: Float[Tensor, "latents reads"],
+    bias: Float[Tensor, "latents"],
+    *,
+    code: SparseCode,
+    spares: Spares,
+) -> SparseCode:
+    """The code with its graph: differentiable in `x`, `encoder` and `bias`."""
+    values = _Encode.apply(x, encoder, bias, code.values, code.pattern, spares)
+    return SparseCode.of(code.pattern, values)  # pyright: ignore[reportArgumentType]
+
+
+def decode(groups: Sequence[Decoding], bias: Float[Tensor, "writes"], *, num_rows: int) -> Float[Tensor, "rows writes"]:
+    """Packed writes; differentiable in values, decoders and bias."""
+    return _Decode.apply(groups, num_rows, bias, *_tensors(groups))  # pyright: ignore[reportReturnType]
+
+
+def fit(
+    groups: Sequence[Decoding],
+    bias: Float[Tensor, "writes"],
+    *,
+    target: Float[Tensor, "rows writes"],
+    widths: Sequence[int],
+) -> Fit:
+    """Error and squared errors of the reconstruction; differentiable in values, decoders, bias and target."""
+    error, total, source_errors = _Fit.apply(groups, widths, target, bias, *_tensors(groups))  # pyright: ignore
+    return Fit(error, total, source_errors)
+
+
+def squared_errors(error: Float[Tensor, "rows writes"], widths: Sequence[int]) -> Float[Tensor, "sources"]:
+    """`‖e_s‖²` of every written source, mean over rows."""
+    parts = error.split(list(widths), dim=1)
+    return torch.stack([torch.linalg.vector_norm(part).square() for part in parts]) / error.shape[0]
+
+
+def _tensors(groups: Sequence[Decoding]) -> list[Tensor]:
+    return [tensor for group in groups for tensor in (group.code.values, group.decoder)]
 
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, encoder: Tensor, bias: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, encoder: Tensor, bias: Tensor, values: Tensor, pattern: Pattern, spares: Spares
+    ) -> Tensor:
         ctx.save_for_backward(x, encoder)
-        ctx.pattern = pattern
+        ctx.pattern, ctx.spares = pattern, spares
         return values.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         x, encoder = ctx.saved_tensors
         pattern: Pattern = ctx.pattern
-        needs_x: bool = ctx.needs_input_grad[0]
         grad = grad_outputs[0].contiguous()
-        grad_x = sum_by_row(pattern, grad, encoder) if needs_x else None
-        grad_bias = sum_by_latent(pattern, grad, x.new_ones(x.shape[0], 1)).squeeze(1)
-        return grad_x, sum_by_latent(pattern, grad, x), grad_bias, None, None
+        needs_x, needs_encoder, needs_bias, *_ = ctx.needs_input_grad
+        grad_x = ops.sum_by_row(pattern, grad, encoder) if needs_x else None
+        out = ctx.spares.take("encoder", encoder)
+        grad_encoder = ops.sum_by_latent(pattern, grad, x, out=out) if needs_encoder else None
+        grad_bias = ops.add_by_latent(pattern, grad) if needs_bias else None
+        return grad_x, grad_encoder, grad_bias, None, None, None
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, decoder: Tensor, pattern: Pattern) -> Tensor:
-        ctx.save_for_backward(values, decoder)
-        ctx.pattern = pattern
-        return sum_by_row(pattern, values, decoder)
+    def forward(ctx: Any, groups: Sequence[Decoding], num_rows: int, bias: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.groups = groups
+        writes = bias.expand(num_rows, -1).clone()
+        for group, values, decoder in _by_group(groups, tensors):
+            group.written.add_(writes, ops.sum_by_row(group.code.pattern, values, decoder))
+        return writes
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
-        values, decoder = ctx.saved_tensors
-        pattern: Pattern = ctx.pattern
-        grad = grad_outputs[0].contiguous()
-        return pair_products(pattern, grad, decoder), sum_by_latent(pattern, values, grad), None
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        grad = grad_outputs[0]
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        return None, None, grad_bias, *_gradients(ctx, grad, 1.0)
 
 
-def encode(
-    x: Float[Tensor, "rows width"],
-    encoder: Float[Tensor, "latents width"],
-    bias: Float[Tensor, "latents"],
-    *,
-    values: Float[Tensor, "active"],
-    pattern: Pattern,
-) -> Float[Tensor, "active"]:
-    """The pre-activations `values` of the active pairs, with the sparse backward pass attached."""
-    return _Encode.apply(x, encoder, bias, values, pattern)  # pyright: ignore[reportReturnType]
+class _Fit(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, groups: Sequence[Decoding], widths: Sequence[int], target: Tensor, bias: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        error = target - bias
+        for group, values, decoder in _by_group(groups, tensors):
+            group.written.add_(error, ops.sum_by_row(group.code.pattern, -values, decoder))
+        source_errors = squared_errors(error, widths)
+        ctx.groups = groups
+        ctx.save_for_backward(*tensors, error)
+        ctx.mark_non_differentiable(source_errors)
+        ctx.set_materialize_grads(False)
+        return error, source_errors.sum(), source_errors
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        error, factor = _error_gradient(ctx.saved_tensors[-1], grad_outputs[0], grad_outputs[1])
+        grad_target = factor * error if ctx.needs_input_grad[2] else None
+        grad_bias = -factor * error.sum(0) if ctx.needs_input_grad[3] else None
+        return None, None, grad_target, grad_bias, *_gradients(ctx, error, -factor)
 
 
-def decode(
-    values: Float[Tensor, "active"], decoder: Float[Tensor, "latents width"], pattern: Pattern
-) -> Float[Tensor, "rows width"]:
-    """`Σ_p v_p d_{i(p)}` for every row; differentiable in values and decoder."""
-    return _Decode.apply(values, decoder, pattern)  # pyright: ignore[reportReturnType]
+def _error_gradient(error: Tensor, grad_error: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gradient of the error as a matrix and a factor to it: `2/rows · e`, if nothing but the total was used."""
+    factor = error.new_zeros(()) if grad_total is None else grad_total * (2 / error.shape[0])
+    if grad_error is None:
+        return error, factor
+    return grad_error + factor * error, torch.ones_like(factor)
+
+
+def _gradients(ctx: Any, grad: Tensor, factor: Tensor | float) -> list[Tensor | None]:
+    """Gradients of values and decoders, group by group, when that of the writes is `factor · grad`."""
+    needed = ctx.needs_input_grad[-2 * len(ctx.groups) :]
+    found: list[Tensor | None] = []
+    for (group, values, decoder), needs in zip(_by_group(ctx.groups, ctx.saved_tensors), _pairs(needed), strict=True):
+        pattern, own = group.code.pattern, group.written.gather(grad)
+        found.append(ops.pair_products(pattern, own, decoder).mul_(factor) if needs[0] else None)
+        out = group.spares.take("decoder", decoder) if needs[1] else None
+        found.append(ops.sum_by_latent(pattern, values * factor, own, out=out) if needs[1] else None)
+    return found
+
+
+def _by_group(groups: Sequence[Decoding], tensors: Sequence[Tensor]) -> list[tuple[Decoding, Tensor, Tensor]]:
+    return [(group, *pair) for group, pair in zip(groups, _pairs(tensors[: 2 * len(groups)]), strict=True)]
+
+
+def _pairs(items: Sequence[Any]) -> list[tuple[Any, Any]]:
+    return list(zip(items[::2], items[1::2], strict=True))

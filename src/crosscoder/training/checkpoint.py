@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from crosscoder import files
 from crosscoder.activations import State
 from crosscoder.crosscoder_files import set_tensors, tensors_of
 from crosscoder.errors import FileFormatError, RunConflict
+from crosscoder.kernels.selection import Cut
 from crosscoder.training.trainer import Trainer
 
 THING = "checkpoint"
@@ -71,6 +72,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> State:
     trainer.dead.rows_since_fired.copy_(tensors["dead.rows_since_fired"])
     trainer.step_number = int(state["step"])
     trainer.first_error = state.get("first_error")
+    trainer.crosscoder.cuts = [Cut(**cut) for cut in state.get("cuts", [])] or trainer.crosscoder.cuts
     return state["stream"]
 
 
@@ -99,6 +101,7 @@ def _state(trainer: Trainer, stream: State) -> dict[str, Any]:
         "format": f"crosscoder.{THING}/1",
         "step": trainer.step_number,
         "first_error": trainer.first_error,
+        "cuts": [asdict(cut) for cut in trainer.crosscoder.cuts],
         "stream": stream,
         "shards": {_SHARD: {"latents": ranges}},
         "train": trainer.config.model_dump(mode="json"),

@@ -16,6 +16,7 @@ from crosscoder import nonlinearities
 from crosscoder.capture import ModelConfig
 from crosscoder.capture.text import TextConfig
 from crosscoder.errors import ConfigError
+from crosscoder.kernels.dispatch import Precision
 from crosscoder.sources import Source, SourceSet, difference, split_key
 from crosscoder.training import runfile
 from crosscoder.training.dictionary_config import (
@@ -113,6 +114,14 @@ class TrainConfig(Settings):
     )
     gradient_clip: float = Field(
         default=1.0, gt=0, description="Largest norm of the gradient; a longer one is scaled down."
+    )
+    micro_batches: Count = Field(
+        default=1,
+        description="Parts that a step's rows are worked through in, to save memory; BatchTopK selects within each.",
+    )
+    precision: Precision = Field(
+        default="auto",
+        description="auto or mixed: bf16 products propose what fp32 decides; float32: fp32 throughout. Same codes.",
     )
     k_start: Count | None = Field(
         default=None, description="k at the first step, where k is annealed; null: the final k."

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from crosscoder.codes import SparseCode
+from crosscoder.crosscoder import Activity
 
 
 class DeadLatents(nn.Module):
@@ -22,10 +22,10 @@ class DeadLatents(nn.Module):
         self.register_buffer("rows_since_fired", torch.zeros(num_latents, dtype=torch.int64))
 
     @torch.no_grad()
-    def update(self, code: SparseCode) -> None:
+    def update(self, activity: Activity) -> None:
         """Count the rows of one training step."""
-        self.rows_since_fired += code.num_rows
-        self.rows_since_fired[code.latents] = 0
+        self.rows_since_fired += activity.num_rows
+        self.rows_since_fired[activity.by_latent > 0] = 0
 
     @property
     def ids(self) -> Int[Tensor, "dead"]:

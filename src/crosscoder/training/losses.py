@@ -20,6 +20,7 @@ most 512 dead latents take part in a step (they take turns), and every fourth ro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -27,15 +28,23 @@ from torch import Tensor
 
 from crosscoder.crosscoder import Activity, Crosscoder
 from crosscoder.errors import SourceMismatch
-from crosscoder.groups import assemble
+from crosscoder.groups import GroupPart, assemble
 from crosscoder.nonlinearities import JumpReLU
 from crosscoder.sources import Source
 from crosscoder.training.config import L1Sparsity, TanhSparsity
 
 
-def source_errors(error: Float[Tensor, "rows writes"], widths: Sequence[int]) -> Float[Tensor, "sources"]:
-    """`‖x̃_s − x̂̃_s‖²` of every written source, mean over rows."""
-    return torch.stack([part.square().sum() for part in error.split(list(widths), dim=1)]) / error.shape[0]
+@dataclass(frozen=True)
+class Auxiliary:
+    """AuxK of one step; its graph ends in copies of the dead latents' weights."""
+
+    loss: Float[Tensor, ""]
+    parts: Sequence[GroupPart]
+
+    def add_gradients(self) -> None:
+        """Put the gradients, once there are some, where the weights are."""
+        for part in self.parts:
+            part.add_gradients()
 
 
 def sparsity(
@@ -43,14 +52,13 @@ def sparsity(
 ) -> Float[Tensor, ""]:
     """The penalty with `λ = coefficient`, a schedule's; differentiable in values, decoders and thresholds."""
     norms, weights = crosscoder.code_norms(config.code_norm), penalties(crosscoder)
-    num_rows = max(1, activity.code.num_rows)
+    num_rows = max(1, activity.num_rows)
     if isinstance(config, L1Sparsity):
-        return coefficient * (_sum_by_latent(activity, crosscoder) @ (norms * weights)) / num_rows
+        return coefficient * (activity.by_latent @ (norms * weights)) / num_rows
     penalty = coefficient * _saturating(activity, config.scale * norms, weights) / num_rows
-    if activity.pre is None or not isinstance(crosscoder.nonlinearity, JumpReLU):
+    if not isinstance(crosscoder.nonlinearity, JumpReLU):
         return penalty
-    below = torch.relu(crosscoder.thresholds - activity.pre).sum(0)
-    return penalty + config.preactivation * (below @ norms) / num_rows
+    return penalty + config.preactivation * (_below(activity, crosscoder) @ norms) / num_rows
 
 
 def penalties(crosscoder: Crosscoder) -> Float[Tensor, "latents"]:
@@ -89,7 +97,7 @@ def auxiliary(
     *,
     dead: Int[Tensor, "dead"],
     k_aux: int,
-) -> Float[Tensor, ""]:
+) -> Auxiliary:
     """`‖e − ê‖²` of the dead latents' reconstruction `ê` of the detached error, mean over rows.
 
     `reads` and `error` are packed over `crosscoder.reads` and `crosscoder.writes`.
@@ -103,20 +111,28 @@ def auxiliary(
     f = torch.zeros_like(pre).scatter(1, kept.indices, values).split([len(part.bias) for part in parts], dim=1)
     pieces = [piece for mine, part in zip(f, parts, strict=True) for piece in part.pieces(mine @ part.decoder)]
     left = assemble((-target).split(list(crosscoder.writes.widths), dim=1), pieces)
-    return left.square().sum() / target.shape[0]
-
-
-def _sum_by_latent(activity: Activity, crosscoder: Crosscoder) -> Float[Tensor, "latents"]:
-    """`Σ_rows f_i`: summing first spares matrices of rows × latents."""
-    if activity.f is not None:
-        return activity.f.sum(0)
-    values, latents = activity.code.values, activity.code.latents
-    return values.new_zeros(crosscoder.num_latents).index_add(0, latents, values)
+    return Auxiliary(left.square().sum() / target.shape[0], parts)
 
 
 def _saturating(activity: Activity, scale: Tensor, weights: Tensor) -> Float[Tensor, ""]:
     """`Σ tanh(scale_i f_i) w_i` over rows and latents."""
     if activity.f is not None:
         return torch.tanh(activity.f * scale).sum(0) @ weights
-    latents = activity.code.latents
-    return (torch.tanh(activity.code.values * scale[latents]) * weights[latents]).sum()
+    sizes = [code.num_latents for code in activity.groups]
+    groups = zip(activity.groups, scale.split(sizes), weights.split(sizes), strict=True)
+    terms = [(torch.tanh(c.values * own[c.latents]) * w[c.latents]).sum() for c, own, w in groups]
+    return torch.stack(terms).sum()
+
+
+def _below(activity: Activity, crosscoder: Crosscoder) -> Float[Tensor, "latents"]:
+    """`Σ_rows max(0, θ_i − p_i)`, for sparse codes as `Σ_rows (θ_i − p_i) + Σ_active (p_i − θ_i)`."""
+    if activity.pre is not None:
+        return torch.relu(crosscoder.thresholds - activity.pre).sum(0)
+    found: list[Tensor] = []
+    for x, code, w in zip(activity.reads, activity.groups, crosscoder.weights, strict=True):
+        assert w.log_threshold is not None, "JumpReLU has thresholds"
+        threshold = w.log_threshold.exp()
+        every = x.shape[0] * (threshold - w.encoder_bias) - w.encoder @ x.sum(0)
+        above = torch.relu(code.values - threshold[code.latents])
+        found.append(every.index_add(0, code.latents, above))
+    return torch.cat(found)

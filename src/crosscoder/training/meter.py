@@ -27,8 +27,8 @@ class Meter:
         values = torch.cat([torch.stack(scalars), result.source_errors])
         self._sum = values if self._sum is None else self._sum + values
         self._steps += 1
-        self._rows += result.code.num_rows
-        self._active += result.code.num_active
+        self._rows += result.num_rows
+        self._active = self._active + result.num_active
 
     def read(self, trainer: Trainer) -> dict[str, float]:
         """The means, under the names of metrics.jsonl, and start afresh.
@@ -49,7 +49,7 @@ class Meter:
             "gradient_norm": means[4],
             "fve": 1 - sum(errors.values()) / (float(self._variance) * len(errors)),
             **{f"fve/{key}": 1 - error / float(self._variance) for key, error in errors.items()},
-            "l0": self._active / self._rows,
+            "l0": float(self._active) / self._rows,
             "dead_fraction": trainer.dead.count / trainer.crosscoder.num_latents,
             "learning_rate": trainer.learning_rate,
             "rows": float(trainer.step_number * trainer.config.batch_size),
@@ -60,7 +60,8 @@ class Meter:
 
     def _clear(self) -> None:
         self._sum: torch.Tensor | None = None
-        self._steps = self._rows = self._active = 0
+        self._active: torch.Tensor | int = 0
+        self._steps = self._rows = 0
         self._since = time.monotonic()
 
 

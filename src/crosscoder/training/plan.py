@@ -30,7 +30,7 @@ from crosscoder.capture.architectures import architecture_of
 from crosscoder.capture.buffer import bytes_per_row
 from crosscoder.capture.loading import ModelConfig, dtype_of, empty_model
 from crosscoder.groups import GroupLayout
-from crosscoder.kernels.selection import BLOCK_ROWS
+from crosscoder.kernels.candidates import BLOCK_ELEMENTS
 from crosscoder.nonlinearities import JumpReLU, Nonlinearity
 from crosscoder.sources import split_key
 from crosscoder.training.config import RunConfig
@@ -173,6 +173,6 @@ def _forward_bytes(outline: _Outline) -> int:
 
 def _step_bytes(run: RunConfig, wiring: Wiring) -> int:
     batch, width = run.train.batch_size, wiring.sources.width
-    block = 3 * min(BLOCK_ROWS, batch) * wiring.num_latents
+    block = min(BLOCK_ELEMENTS, batch * wiring.num_latents)
     pairs = batch * (run.k or wiring.num_latents // 2)
     return 4 * (6 * batch * width + block) + BYTES_PER_PAIR * pairs

@@ -2,11 +2,12 @@
 
     L = Σ_{s written} ‖x̃_s − x̂̃_s‖² + λ(t) · sparsity + δ · delta + α · AuxK          (mean over rows; see losses.py)
 
-Adam (β = 0.9, 0.999) on the gradient clipped to a norm. After each update the gate follows the decoder norms, the
-threshold follows the batch's lowest kept score (moving average over about ten batches), and the dead are counted.
-Source dropout hides a source from the encoder in some rows (sets `x̃_s := 0`, its mean) and reconstructs it all the same
-(functional multi-site crosscoders, 2026); affine paths and AuxK see all. Which rows is a function of (seed, step), and
-nothing else here is random: weights and stream decide every step, so a resumed run repeats the one it resumes.
+Adam (β = 0.9, 0.999) on the gradient clipped to a norm. After each update the gate follows the decoder norms; the
+threshold follows the batch's lowest kept score (moving average over about ten batches), and the dead are counted. A
+step may be made of several micro-batches, whose gradients add up: BatchTopK then selects within each. Source dropout
+hides a source from the encoder in some rows (sets `x̃_s := 0`, its mean) and reconstructs it all the same (functional
+multi-site crosscoders, 2026); affine paths and AuxK see all. Which rows is a function of (seed, step), and nothing
+else here is random: weights and stream decide every step, so a resumed run repeats the one it resumes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
@@ -28,6 +29,7 @@ from crosscoder.errors import ConfigError, NonFiniteActivations, SourceMismatch,
 from crosscoder.groups import Columns
 from crosscoder.nonlinearities import BatchTopK, active_per_row, check_budgets, scaled
 from crosscoder.training import losses, schedules
+from crosscoder.training.clipped_adam import ClippedAdam
 from crosscoder.training.config import L1Sparsity, LossesConfig, NoSparsity, TanhSparsity, TrainConfig
 from crosscoder.training.dead import DeadLatents
 from crosscoder.training.dictionary_config import check_penalty
@@ -37,11 +39,15 @@ THRESHOLD_MEMORY = 0.9
 AUX_ROWS = 4
 """AuxK uses every fourth row, and at most AUX_CANDIDATES dead latents a step."""
 AUX_CANDIDATES = 512
+CHECK_EVERY = 20
+"""On a GPU, where looking at a loss waits for it, only every so many steps are checked; others leave no trace if
+broken.
+"""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one update saw, before it: terms of the loss (means over rows), the code, the gradient's norm."""
+    """What one update saw, before it: terms of the loss (means over rows), the gradient's norm, what was active."""
 
     loss: Float[Tensor, ""]
     source_errors: Float[Tensor, "sources"]
@@ -49,7 +55,23 @@ class StepResult:
     delta: Float[Tensor, ""]
     auxiliary: Float[Tensor, ""]
     gradient_norm: Float[Tensor, ""]
-    code: SparseCode
+    activities: Sequence[Activity]
+    """One per micro-batch."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the step."""
+        return sum(activity.num_rows for activity in self.activities)
+
+    @property
+    def num_active(self) -> Int[Tensor, ""]:
+        """Active pairs of the step, on the device."""
+        return torch.stack([activity.num_active for activity in self.activities]).sum()
+
+    @property
+    def code(self) -> SparseCode:
+        """The code of all rows."""
+        return SparseCode.below_each_other([activity.code for activity in self.activities])
 
 
 class Hooks(Protocol):
@@ -85,7 +107,8 @@ class Trainer:
             delta_pair(crosscoder, *self.losses.delta.pair)
         self.aux = self.losses.aux
         self.seed = seed
-        self.optimiser = torch.optim.Adam(crosscoder.parameters(), lr=config.learning_rate, fused=True)
+        self.optimiser = ClippedAdam(crosscoder, learning_rate=config.learning_rate, clip=config.gradient_clip)
+        crosscoder.precision = config.precision
         self.step_number = 0
         after = self.aux.dead_after_tokens or min(10_000_000, max(1, config.num_tokens // 20))
         self.dead = DeadLatents(crosscoder.num_latents, after_rows=after).to(crosscoder.bias.device)
@@ -93,6 +116,10 @@ class Trainer:
         """The reconstruction error of the first step, which divergence is judged by."""
         self._reads = Columns(crosscoder.sources, crosscoder.reads.keys)
         self._writes = Columns(crosscoder.sources, crosscoder.writes.keys)
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.crosscoder.bias.device.type == "cpu"
 
     @property
     def num_steps(self) -> int:
@@ -133,7 +160,8 @@ class Trainer:
     def advance(self, batch: Batch, hooks: Sequence[Hooks] = ()) -> None:
         """One update on a batch, looked at, and the hooks after it: what `run` does with every batch."""
         result = self.step(batch.x)
-        self.check(result)
+        if self._on_cpu or self.step_number % CHECK_EVERY == 0 or self.step_number == self.num_steps:
+            self.check(result)
         for hook in hooks:
             hook.after_step(self, result)
 
@@ -142,20 +170,14 @@ class Trainer:
         if not len(x):
             raise TextError("expected rows to train on; got an empty batch.")
         self.crosscoder.train()
-        normalised = self.crosscoder.normalise(x.to(self.crosscoder.bias.device, self.crosscoder.bias.dtype))
-        reads, writes = self._reads(normalised), self._writes(normalised)
-        activity = self.crosscoder.activity(self._masked(reads), k=self.k)
-        error = writes - self._reconstructed(activity, reads)
-        errors, sparsity, delta, auxiliary = self._terms(activity, reads, error)
-        total = errors.sum() + sparsity + delta + auxiliary
-        total.backward()
-        gradient_norm = self._update(total.detach())
-        self._follow(activity.code)
+        parts = [part for part in x.tensor_split(self.config.micro_batches) if len(part)]
+        seen = [self._backward(part, share=len(part) / len(x)) for part in parts]
+        terms = torch.stack([len(part) / len(x) * terms for part, (terms, _) in zip(parts, seen, strict=True)]).sum(0)
+        loss, sparsity, delta, auxiliary = terms[:4]
+        gradient_norm = self._update(loss, x)
         self.step_number += 1
-        total, errors, sparsity, delta, auxiliary = (
-            term.detach() for term in (total, errors, sparsity, delta, auxiliary)
-        )
-        return StepResult(total, errors, sparsity, delta, auxiliary, gradient_norm, activity.code.detach())
+        activities = [activity for _, activity in seen]
+        return StepResult(loss, terms[4:], sparsity, delta, auxiliary, gradient_norm, activities)
 
     def check(self, result: StepResult) -> None:
         """Raises TrainingDiverged when the error is ten times that of predicting zero and of the first step seen."""
@@ -164,6 +186,8 @@ class Trainer:
         zero = len(self.crosscoder.writes) * self.crosscoder.sources.width / len(self.crosscoder.sources)
         if error > 10 * max(zero, self.first_error):
             self._diverged(f"the reconstruction error is {error:.4g}", result.gradient_norm)
+        if self.optimiser.skipped:
+            self._diverged("the loss or its gradient was not finite", result.gradient_norm)
 
     def _diverged(self, what: str, gradient_norm: Tensor) -> NoReturn:
         first = "" if self.first_error is None else f"{self.first_error:.4g}"
@@ -190,14 +214,7 @@ class Trainer:
             )
         batches = source.batches(self.config.batch_size)
         while self.step_number < self.num_steps:
-            batch = next(batches)
-            if not bool(torch.isfinite(batch.x).all()):
-                raise NonFiniteActivations(
-                    f"the activations of step {self.step_number} hold NaN or infinity.",
-                    details=_broken(self.crosscoder, batch.x),
-                    hint="Load the model in float32 or bfloat16, and look at the text of that batch.",
-                )
-            yield batch
+            yield next(batches)
 
     def _masked(self, reads: Tensor) -> Tensor:
         """The reads with some sources hidden in some rows, where the run asks for it."""
@@ -210,44 +227,67 @@ class Trainer:
         kept = torch.rand(len(reads), len(widths), generator=generator) >= chance
         return reads * kept.repeat_interleave(widths, dim=1).to(reads)
 
-    def _reconstructed(self, activity: Activity, reads: Tensor) -> Tensor:
-        code = activity.code if activity.f is None else activity.f
-        return self.crosscoder.decode_normalised(code, reads)
+    def _backward(self, x: Tensor, *, share: float) -> tuple[Float[Tensor, "terms"], Activity]:
+        """Add the gradients of some rows; gives loss, sparsity, delta, auxiliary, and the errors of the sources."""
+        normalised = self.crosscoder.normalise(x.to(self.crosscoder.bias.device, self.crosscoder.bias.dtype))
+        reads, writes = self._reads(normalised), self._writes(normalised)
+        activity = self.crosscoder.activity(self._masked(reads), k=self.k)
+        fit = self.crosscoder.fit(activity, reads, writes)
+        zero = fit.total.new_zeros(())
+        sparsity, delta = self._sparsity(activity, zero), self._delta(fit.error, zero)
+        auxiliary = self._auxiliary(reads, fit.error)
+        aux = zero if auxiliary is None else self.aux.coefficient * auxiliary.loss
+        total = fit.total + sparsity + delta + aux
+        (total if share == 1 else share * total).backward()
+        if auxiliary is not None:
+            auxiliary.add_gradients()
+        self._follow(activity := activity.detach())
+        return torch.cat([torch.stack([total, sparsity, delta, aux]).detach(), fit.source_errors]), activity
 
-    def _terms(self, activity: Activity, reads: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Errors of the sources, sparsity, delta, auxiliary: each with its coefficient."""
-        sparsity = delta = auxiliary = error.new_zeros(())
-        crosscoder, coefficient = self.crosscoder, self.sparsity_coefficient
-        if not isinstance(self.sparsity, NoSparsity):
-            sparsity = losses.sparsity(activity, crosscoder, self.sparsity, coefficient=coefficient)
-        if self.losses.delta is not None:
-            d = self.losses.delta
-            delta = d.coefficient * losses.delta(error, crosscoder, a=d.a, b=d.b)
-        dead = self.dead.taking_turns(self.step_number, at_most=AUX_CANDIDATES) if self.aux.coefficient else None
+    def _sparsity(self, activity: Activity, zero: Tensor) -> Tensor:
+        if isinstance(self.sparsity, NoSparsity):
+            return zero
+        return losses.sparsity(activity, self.crosscoder, self.sparsity, coefficient=self.sparsity_coefficient)
+
+    def _delta(self, error: Tensor, zero: Tensor) -> Tensor:
+        delta = self.losses.delta
+        return zero if delta is None else delta.coefficient * losses.delta(error, self.crosscoder, a=delta.a, b=delta.b)
+
+    def _auxiliary(self, reads: Tensor, error: Tensor) -> losses.Auxiliary | None:
+        """AuxK of some of the dead latents on some of the rows, if any are dead."""
+        if not self.aux.coefficient:
+            return None
+        dead = self.dead.taking_turns(self.step_number, at_most=AUX_CANDIDATES)
         rows = slice(self.step_number % AUX_ROWS, None, AUX_ROWS)
-        if dead is not None and dead.numel() and len(error[rows]):
-            k_aux = self.aux.max_latents or max(1, error.shape[1] // len(crosscoder.writes) // 2)
-            raw = losses.auxiliary(crosscoder, reads[rows], error[rows], dead=dead, k_aux=k_aux)
-            auxiliary = self.aux.coefficient * raw
-        return losses.source_errors(error, crosscoder.writes.widths), sparsity, delta, auxiliary
+        if not dead.numel() or not len(error[rows]):
+            return None
+        k_aux = self.aux.max_latents or max(1, error.shape[1] // len(self.crosscoder.writes) // 2)
+        return losses.auxiliary(self.crosscoder, reads[rows], error[rows], dead=dead, k_aux=k_aux)
 
-    def _update(self, loss: Tensor) -> Tensor:
-        norm = torch.nn.utils.clip_grad_norm_(self.crosscoder.parameters(), self.config.gradient_clip, foreach=True)
-        if not bool(torch.isfinite(loss + norm)):  # before the weights are touched
+    def _update(self, loss: Tensor, x: Tensor) -> Tensor:
+        norm = self.optimiser.norm()
+        if loss.device.type == "cpu" and not bool(torch.isfinite(loss + norm)):  # before the weights are touched
+            self._refuse(x)
             self._diverged(f"the loss is {float(loss):.4g}", norm)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.learning_rate
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimiser.update(norm, loss=loss, learning_rate=self.learning_rate)
         self.crosscoder.settle()
         return norm
 
+    def _refuse(self, x: Tensor) -> None:
+        """Raises NonFiniteActivations for rows that hold NaN or infinity."""
+        if not bool(torch.isfinite(x).all()):
+            raise NonFiniteActivations(
+                f"the activations of step {self.step_number} hold NaN or infinity.",
+                details=_broken(self.crosscoder, x),
+                hint="Load the model in float32 or bfloat16, and look at the text of that batch.",
+            )
+
     @torch.no_grad()
-    def _follow(self, code: SparseCode) -> None:
+    def _follow(self, activity: Activity) -> None:
         """Let dead counts and the inference threshold follow what this batch kept."""
-        self.dead.update(code)
+        self.dead.update(activity)
         if isinstance(self.crosscoder.nonlinearity, BatchTopK):
-            follow(self.crosscoder, code, memory=THRESHOLD_MEMORY)
+            follow(self.crosscoder, activity.groups, memory=THRESHOLD_MEMORY)
 
 
 def _broken(crosscoder: Crosscoder, x: Tensor) -> list[str]:
