@@ -155,6 +155,7 @@ def test_wandb_goes_on_with_its_run_and_never_with_another(tmp_path: Path, monke
     assert len(set(ids)) == 3
     assert json.loads((one / "tracker.json").read_text())["format"] == "crosscoder.tracker/1"
     assert {settings["name"] for settings in wandb.started} == {"run"}
+    assert {settings["reinit"] for settings in wandb.started} == {"create_new"}, "runs of one process do not mix"
 
 
 @pytest.mark.slow

@@ -196,6 +196,7 @@ def _lanes(
     checkpoints = common_checkpoints(
         [directory for _, directory in runs], most_undone=runs[0][0].train.resolved(k=None).checkpoint_every or 1
     )
+    receivers = [sinks(directory.path.name) for _, directory in runs]
     starts = [_dictionaries(run) for run, _ in runs]
     study = Study.open(runs[0][0], progress=progress)
     studies = [study.of(run) for run, _ in runs]
@@ -209,10 +210,10 @@ def _lanes(
     if not checkpoints:
         _start(list(zip(studies, crosscoders, starts, strict=True)), stream, progress=progress)
     lanes = []
-    for each, crosscoder, (_, directory) in zip(studies, crosscoders, runs, strict=True):
+    for each, crosscoder, (_, directory), others in zip(studies, crosscoders, runs, receivers, strict=True):
         run = each.run
         trainer = Trainer(crosscoder.to(device), run.train, sparsity=run.sparsity, losses=run.losses, seed=run.seed)
-        recorder = Recorder(SinkGroup([JsonlSink(), *sinks(directory.path.name)]), Meter(crosscoder), validation)
+        recorder = Recorder(SinkGroup([JsonlSink(), *others]), Meter(crosscoder), validation)
         name = f"{directory.path.name}: " if len(runs) > 1 else ""
         lanes.append(_Lane(each, directory, trainer, recorder, name))
     _restore(lanes, checkpoints, stream)

@@ -144,6 +144,7 @@ class _Wandb:
             dir=str(start.directory),
             config=dict(start.config),
             resume="allow",
+            reinit="create_new",  # dictionaries that train together are runs of their own there, at one time
         )
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
