@@ -42,7 +42,7 @@ Space = Literal["normalised", "raw"]
 
 @dataclass(frozen=True)
 class Activity:
-    """What a training step knows of a code: each group's reads, and its code; or full matrices of values and `p`.
+    """What a training step knows of a code: each group's reads, and its code; or the full matrix of values.
 
     In train mode JumpReLU's codes also hold the silent pairs in the windows of its thresholds, with the value 0.
     """
@@ -50,7 +50,8 @@ class Activity:
     reads: Sequence[Float[Tensor, "rows _"]]
     groups: Sequence[SparseCode]
     f: Float[Tensor, "rows latents"] | None = None
-    pre: Float[Tensor, "rows latents"] | None = None
+    pre: Sequence[Tensor] = ()
+    """Pre-activations under ReLU and JumpReLU: of each group's pairs, or the one full matrix."""
 
     @property
     def num_rows(self) -> int:
@@ -222,11 +223,15 @@ class Crosscoder(nn.Module):
         thresholded = isinstance(self.nonlinearity, ReLU | JumpReLU)
         if thresholded and self.training and dispatch.dense(selection.share_above(encodings, self._support())):
             pre = torch.cat([torch.addmm(e.bias, e.x, e.encoder.T) for e in encodings], dim=1)
-            return Activity(reads, (), self._active(pre, self._jumps()), pre)
+            return Activity(reads, (), self._active(pre, self._jumps()), [pre])
         with torch.no_grad():
             found = self._select(encodings, k)
-        codes = [self._attached(*parts) for parts in zip(encodings, found, self.weights, strict=True)]
-        return Activity(reads, codes)
+        groups = list(zip(encodings, found, self.weights, strict=True))
+        codes = [sparse.encode(e.x, e.encoder, e.bias, code=code, spares=w.spares) for e, code, w in groups]
+        if not thresholded:
+            return Activity(reads, codes)
+        active = [self._active_pairs(code, weights) for code, weights in zip(codes, self.weights, strict=True)]
+        return Activity(reads, active, pre=[code.values for code in codes])
 
     def fit(self, activity: Activity, x: Float[Tensor, "rows reads"], target: Float[Tensor, "rows writes"]) -> Fit:
         """How far the reconstruction of an activity is from packed normalised writes; `x` as in `decode`."""
@@ -378,11 +383,8 @@ class Crosscoder(nn.Module):
             found |= dict(zip(budget.groups, codes, strict=True))
         return [found[i] for i in range(len(encodings))]
 
-    def _attached(self, encoding: Encoding, found: SparseCode, weights: GroupWeights) -> SparseCode:
-        """The found values with their graph: the sparse backward of a group's encoder, and of its thresholds."""
-        code = sparse.encode(encoding.x, encoding.encoder, encoding.bias, code=found, spares=weights.spares)
-        if not isinstance(self.nonlinearity, ReLU | JumpReLU):
-            return code
+    def _active_pairs(self, code: SparseCode, weights: GroupWeights) -> SparseCode:
+        """The code of pairs of which the pre-activations are known."""
         jumps = None if weights.log_threshold is None else weights.log_threshold.exp()[code.latents]
         return SparseCode.of(code.pattern, self._active(code.values, jumps))
 

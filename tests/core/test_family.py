@@ -387,7 +387,7 @@ def test_the_threshold_gradient_is_the_derivative_of_the_smoothed_loss() -> None
     activity = cc.activity(x)
     assert activity.f is not None
     (activity.f * c).sum().backward()
-    p = activity.pre.detach()
+    p = activity.pre[0].detach()
     theta = cc.weights[0].log_threshold
 
     def smoothed(log_threshold: Tensor) -> Tensor:

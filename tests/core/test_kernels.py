@@ -164,7 +164,7 @@ def test_a_cut_of_another_time_gives_up_before_everything_is_a_candidate(monkeyp
 
     monkeypatch.setattr(candidates, "_pairs_of", counted)
     assert selection.batch_top_k([scores_as(pre)], 3, Cut(score=1e-6))[0].num_active == 3 * 4096
-    assert sum(most) < pre.numel() / 2
+    assert sum(most) < pre.numel(), "a block each for the tries that failed"
 
 
 def test_latents_without_a_gate_are_never_kept() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from crosscoder.files import read_tensors
 from crosscoder.nonlinearities import BatchTopK, Nonlinearity, ReLU, TopK
 from crosscoder.sources import SourceSet
 from crosscoder.training import checkpoint, losses, normaliser, schedules
+from crosscoder.training.clipped_adam import ClippedAdam
 from crosscoder.training.config import AuxConfig, L1Sparsity, LossesConfig, NoSparsity, TrainConfig
 from crosscoder.training.dead import DeadLatents
 from crosscoder.training.trainer import StepResult, Trainer
@@ -311,3 +313,46 @@ def test_checkpoint_tensors_are_plain_safetensors(tmp_path: Path) -> None:
     names = read_tensors(saved / "shard-0-of-1.safetensors", thing="checkpoint")
     assert "crosscoder.groups.all.encoder" in names
     assert "optimiser.groups.0.encoder.exp_avg" in names
+
+
+@pytest.mark.parametrize("kind", [TopK(4), ReLU()], ids=lambda k: k.kind)
+def test_micro_batches_add_up_to_the_step_of_the_whole_batch(kind: Nonlinearity) -> None:
+    penalty = L1Sparsity(coefficient=0.1) if isinstance(kind, ReLU) else None
+    no_aux = LossesConfig(aux=AuxConfig(coefficient=0.0))
+    found: list[dict[str, Tensor]] = []
+    for micro_batches in (1, 3):
+        cc = Crosscoder(acausal(SOURCES, num_latents=40), kind).double()
+        t = Trainer(cc, config(20, micro_batches=micro_batches), sparsity=penalty, losses=no_aux)
+        g = torch.Generator().manual_seed(0)
+        results = [t.step(torch.randn(70, cc.sources.width, generator=g, dtype=torch.float64)) for _ in range(5)]
+        terms = {"loss": results[-1].loss, "norm": results[-1].gradient_norm, "errors": results[-1].source_errors}
+        found.append(dict(cc.named_parameters()) | terms | {"code": results[-1].code.to_dense()})
+        assert results[-1].num_rows == 70 and int(results[-1].num_active) == results[-1].code.num_active
+    for name, whole in found[0].items():
+        torch.testing.assert_close(found[1][name], whole, rtol=1e-6, atol=1e-8)
+
+
+def test_batch_top_k_selects_within_each_micro_batch() -> None:
+    cc = Crosscoder(acausal(SOURCES, num_latents=40), BatchTopK(2))
+    x = torch.randn(60, cc.sources.width) * torch.linspace(0.1, 5, 60)[:, None]
+    result = Trainer(cc, config(20, micro_batches=3)).step(x)
+    assert [int(activity.num_active) for activity in result.activities] == [40, 40, 40]
+
+
+def test_the_fused_clip_equals_clipping_and_then_adam() -> None:
+    """Against `clip_grad_norm_` and an Adam of its own, over steps that are clipped and steps that are not."""
+    cc = Crosscoder(acausal(SOURCES, num_latents=12), TopK(3))
+    twin = deepcopy(cc)
+    mine = ClippedAdam(cc, learning_rate=1e-2, clip=1.0)
+    theirs = torch.optim.Adam(twin.parameters(), lr=1e-2)
+    for step in range(6):
+        for a, b in zip(cc.parameters(), twin.parameters(), strict=True):
+            a.grad = torch.randn_like(a) * (0.001 if step % 2 else 10.0)
+            b.grad = a.grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        theirs.step()
+        torch.testing.assert_close(mine.norm(), norm)
+        mine.update(norm, loss=norm, learning_rate=1e-2)
+        assert all(p.grad is None for p in cc.parameters())
+    for a, b in zip(cc.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

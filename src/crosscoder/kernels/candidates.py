@@ -60,7 +60,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Pairs above the cut, sorted by latent, rows ascending within one; pre-activations and scores in full precision."""
+    """Pairs above the cut, sorted by latent, rows ascending within one; values and scores in full precision."""
 
     rows: Int[Tensor, "found"]
     latents: Int[Tensor, "found"]

@@ -126,13 +126,13 @@ def _saturating(activity: Activity, scale: Tensor, weights: Tensor) -> Float[Ten
 
 def _below(activity: Activity, crosscoder: Crosscoder) -> Float[Tensor, "latents"]:
     """`Σ_rows max(0, θ_i − p_i)`, for sparse codes as `Σ_rows (θ_i − p_i) + Σ_active (p_i − θ_i)`."""
-    if activity.pre is not None:
-        return torch.relu(crosscoder.thresholds - activity.pre).sum(0)
+    if activity.f is not None:
+        return torch.relu(crosscoder.thresholds - activity.pre[0]).sum(0)
     found: list[Tensor] = []
-    for x, code, w in zip(activity.reads, activity.groups, crosscoder.weights, strict=True):
+    for x, code, pre, w in zip(activity.reads, activity.groups, activity.pre, crosscoder.weights, strict=True):
         assert w.log_threshold is not None, "JumpReLU has thresholds"
         threshold = w.log_threshold.exp()
         every = x.shape[0] * (threshold - w.encoder_bias) - w.encoder @ x.sum(0)
-        above = torch.relu(code.values - threshold[code.latents])
+        above = torch.relu(pre - threshold[code.latents])
         found.append(every.index_add(0, code.latents, above))
     return torch.cat(found)
