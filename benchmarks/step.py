@@ -1,7 +1,7 @@
 """The training step beside others': ratios of one run, floor, phases, memory, exactness.
 
-    python benchmarks/step.py                       # sizes A, B and C, without and with dead latents, then the report
-    python benchmarks/step.py --quick               # one small size in about a minute: shows that it runs
+    python benchmarks/step.py                       # A, B, C, without and with dead latents: half an hour
+    python benchmarks/step.py --quick               # one small size, a minute or two: shows that it runs
     python benchmarks/step.py --size C --rounds 9   # one size; the others' cells stay in the report
     python benchmarks/step.py --report-only         # the report of the cells that are there
     python benchmarks/step.py --no-peers --contenders ours dense

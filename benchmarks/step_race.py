@@ -106,7 +106,7 @@ def heats(size: Size, names: Sequence[str], *, available: float | None = None) -
 def bytes_of(size: Size) -> float:
     """What the largest contender needs: weights, gradients, moments; matrices of rows × latents; pairs times width."""
     dense = 4.0 * size.batch_size * size.num_latents
-    return 17.0 * size.num_weights + 4 * dense + 4.5 * size.num_active * size.total_width + 4e8
+    return 17.0 * size.num_weights + 4 * dense + 4.5 * size.num_active * size.total_width + 6e8
 
 
 def available_bytes() -> float:
