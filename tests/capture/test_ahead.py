@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -326,3 +327,67 @@ def test_carrying_on_the_cpu_is_a_copy() -> None:
     carrier.carry(activations, rows[:, 2:6])
     carrier.finish()
     assert torch.equal(rows[:, 2:6], activations.float()) and rows[:, [0, 1, 6, 7, 8]].eq(0).all()
+
+
+class Remote(torch.Tensor):
+    """Stands for a tensor on a GPU: notes what is done to it, and on which streams."""
+
+    @property
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.where
+
+    @property
+    def is_cuda(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return True
+
+    def copy_(self, other: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        self.log.append(("copy", *sorted(self.current.values()), non_blocking))
+        return self
+
+    def record_stream(self, s: Any) -> None:
+        self.log.append(("kept for", s.name))
+
+
+def test_between_gpus_copies_have_streams_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fakes: the order of events that a real GPU would be given."""
+    log: list[tuple[Any, ...]] = []
+    current = {torch.device("cuda", number): f"compute {number}" for number in (0, 1)}
+
+    class Stream:
+        def __init__(self, device: torch.device, name: str | None = None) -> None:
+            self.device, self.name = device, name or f"copies {device.index}"
+
+        def wait_stream(self, other: Stream) -> None:
+            log.append((self.name, "waits for", other.name))
+
+    @contextmanager
+    def stream(of: Stream) -> Iterator[None]:
+        before, current[of.device] = current[of.device], of.name
+        yield
+        current[of.device] = before
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device, current[device]))
+    here, there = (torch.zeros(2).as_subclass(Remote) for _ in range(2))
+    for tensor, number in ((here, 0), (there, 1)):
+        tensor.where, tensor.log, tensor.current = torch.device("cuda", number), log, current
+    carrier = Carrier()
+    for _ in range(2):
+        carrier.carry(there, here)
+    once = [
+        ("copies 1", "waits for", "compute 1"),
+        ("copies 0", "waits for", "compute 0"),
+        ("copy", "copies 0", "copies 1", True),
+        ("kept for", "copies 1"),
+        ("kept for", "copies 0"),
+    ]
+    assert log == once + once, (
+        "a copy waits for the forward that it belongs to, on streams that forwards never wait for"
+    )
+    log.clear()
+    carrier.finish()
+    assert sorted(log) == [("compute 0", "waits for", "copies 0"), ("compute 1", "waits for", "copies 1")]
+    log.clear()
+    carrier.carry(here, here)
+    assert log == [("copy", "compute 0", "compute 1", False)], "on one device, copies are in the order of its work"

@@ -22,7 +22,9 @@ class Carrier:
         if activations.device == rows.device or not (activations.is_cuda and rows.is_cuda):
             rows.copy_(activations)
             return
-        source, target = self._after_compute(activations.device), self._after_compute(rows.device)
+        for device in (activations.device, rows.device):
+            self._let_copies_wait(device)
+        source, target = self._streams[activations.device], self._streams[rows.device]
         with torch.cuda.stream(target), torch.cuda.stream(source):  # makes each the current one of its device
             rows.copy_(activations, non_blocking=True)
         activations.record_stream(source)
@@ -33,9 +35,8 @@ class Carrier:
         for device, stream in self._streams.items():
             torch.cuda.current_stream(device).wait_stream(stream)
 
-    def _after_compute(self, device: torch.device) -> torch.cuda.Stream:
-        """The copy stream of `device`, after all that its computation has queued so far."""
+    def _let_copies_wait(self, device: torch.device) -> None:
+        """For all that the computation on `device` has queued so far."""
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         self._streams[device].wait_stream(torch.cuda.current_stream(device))
-        return self._streams[device]

@@ -23,6 +23,8 @@ from crosscoder.capture.padding import NumberedContext, Padded, padded_batches
 from crosscoder.errors import NonFiniteActivations, SourceMismatch, UnknownSource
 from crosscoder.sources import Source, SourceSet
 
+Finite = Mapping[str, Bool[Tensor, ""]]
+"""By source, whether all values of a forward pass are finite; on the device of its model, which nobody waits for."""
 CPU_TOKENS = 2048
 """Tokens of a forward pass on the CPU, where more of them leave the cache (`benchmarks/capture.py`)."""
 
@@ -57,7 +59,7 @@ class Harvest:
             columns = (batch.rows.context, batch.rows.position, batch.rows.role)
             yield Batch(x, Rows(*(column.to(self.device) for column in columns)))
 
-    def read(self, batch: Padded, x: Float[Tensor, "rows width"]) -> Bool[Tensor, "sources"]:
+    def read(self, batch: Padded, x: Float[Tensor, "rows width"]) -> Finite:
         """Writes the rows of a forward pass into `x`, and gives which sources are finite there.
 
         On a GPU both are still under way; `finish` comes before either is used.
@@ -69,16 +71,15 @@ class Harvest:
             seen = self.models[alias].read([source.site for source in own], batch.ids, attention_mask=mask)
             for source in own:
                 activations = _picked(seen[source.site].flatten(0, 1), batch.picked)
-                finite[source.key] = _all_finite(activations).to(self.device, non_blocking=True)
+                finite[source.key] = _all_finite(activations)
                 self._carrier.carry(activations, x[:, self.sources.slices[source.key]])
-        return torch.stack([finite[source.key] for source in self.sources])
+        return finite
 
-    def finish(self, finite: Sequence[Bool[Tensor, "sources"]]) -> None:
+    def finish(self, finite: Sequence[Finite]) -> None:
         """Has rows that were read ready for use; raises NonFiniteActivations where one of them is not a number."""
         self._carrier.finish()
-        whole = torch.stack(list(finite)).all(0).tolist() if finite else []
-        for source, good in zip(self.sources, whole, strict=False):
-            if not good:
+        for source in self.sources if finite else ():
+            if not bool(torch.stack([of[source.key] for of in finite]).all()):
                 raise self._non_finite(source)
 
     def _non_finite(self, source: Source) -> NonFiniteActivations:

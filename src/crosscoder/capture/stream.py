@@ -29,7 +29,7 @@ from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.buffer import RowBuffer, bytes_per_row
 from crosscoder.capture.corpus import Corpus
 from crosscoder.capture.fills import FillPlan, Stretch
-from crosscoder.capture.harvest import Harvest, check_sources, storage_dtype
+from crosscoder.capture.harvest import Finite, Harvest, check_sources, storage_dtype
 from crosscoder.capture.models import StudiedModel
 from crosscoder.capture.readers import reader_of
 from crosscoder.capture.vocabularies import check_vocabularies
@@ -192,7 +192,7 @@ class ActivationStream:
         self._progress("reading activations", buffer.num_rows, buffer.num_rows)
 
     def _read(self, stretch: Stretch, buffer: RowBuffer) -> None:
-        finite: list[Tensor] = []
+        finite: list[Finite] = []
         for batch in stretch.batches:
             finite.append(self._harvest.read(batch, buffer.reserve(batch.rows)))
             self._progress("reading activations", buffer.num_rows, self._capacity)
