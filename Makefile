@@ -21,10 +21,16 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/pytest -n 2 -m 'not gpu'
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/triton  # the interpreter is chosen before Triton is imported
 
-gpu: setup
-	$(BIN)/pytest -m gpu || test $$? -eq 5  # 5: no test has the mark
-	$(call run_all,benchmarks/gpu,$(BIN))
+# A GPU machine may have torch and Triton but neither network nor package: the sources are enough.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+GPU_OUT ?= runs/gpu
+
+gpu:
+	test ! -x $(BIN)/pytest || $(BIN)/pytest -m gpu || test $$? -eq 5  # 5: no test has the mark
+	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu/check.py --out $(GPU_OUT)
+	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu/step.py --out $(GPU_OUT)
 
 docs: setup
 	$(BIN)/pytest tests/documents

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux", exc_type=ImportError)
 if not hasattr(triton, "compile"):  # a folder of tests by that name is no package
@@ -17,11 +19,13 @@ if not hasattr(triton, "compile"):  # a folder of tests by that name is no packa
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from crosscoder.kernels.triton import adam, compaction, latent_sums, row_products  # noqa: E402
+from crosscoder.kernels.triton import adam, compaction, operations, row_products, segment_sums  # noqa: E402
 
+TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 F, B, L, J = "*fp32", "*bf16", "*i64", "*i32"
 ADAM = [F, F, F, F, F, "*i16", F, "constexpr"]
+MODULES = (adam, compaction, row_products, segment_sums)
 Launch = tuple[Any, list[str], int, dict[str, Any], bool]
 
 
@@ -45,10 +49,9 @@ def launches() -> Iterator[Launch]:
 
 def on_tables(table: str) -> list[tuple[Any, list[str]]]:
     return [
-        (row_products._sum_by_row, [L, L, F, table, F, "i32"]),
         (row_products._pair_products, [L, L, L, F, table, F, "i32"]),
-        (latent_sums._sum_pieces, [L, L, L, F, table, F, "i32"]),
-        (latent_sums._sum_latents, [L, L, F, table, L, F, F, "i32"]),
+        (segment_sums._sum_ranges, [L, L, L, F, table, F, "i32"]),
+        (segment_sums._sum_latents, [L, L, F, table, L, F, F, "i32"]),
     ]
 
 
@@ -71,7 +74,7 @@ def compiled(kernel: Any, types: list[str], warps: int, constants: Mapping[str, 
         attrs={place: [["tt.divisibility", 16]] for place in whole},
     )
     options = {"num_warps": warps, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=TARGET, options=options)
 
 
 def name_of(launch: Launch) -> str:
@@ -79,15 +82,59 @@ def name_of(launch: Launch) -> str:
     return f"{kernel.__name__} {' '.join(types)} {constants or ''} {'aligned' if aligned else ''}"
 
 
-@pytest.mark.parametrize("launch", list(launches()), ids=name_of)
-def test_compiles_for_sm_90_without_spills(launch: Launch, tmp_path: Path) -> None:
-    binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(compiled(*launch).asm["cubin"])
+def assert_fits(binary: bytes, path: Path) -> None:
+    """No spills, and two programs of eight warps in a multiprocessor."""
+    path.write_bytes(binary)
     if CUOBJDUMP.exists():
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", binary], capture_output=True, text=True, check=True)
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True)
         found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
         assert found["STACK"] == found["LOCAL"] == 0, found
-        assert found["REG"] <= 128, f"two programs of eight warps fit into a multiprocessor: {found}"
+        assert found["REG"] <= 128, found
+
+
+@pytest.mark.parametrize("launch", list(launches()), ids=name_of)
+def test_compiles_for_sm_90_without_spills(launch: Launch, tmp_path: Path) -> None:
+    assert_fits(compiled(*launch).asm["cubin"], tmp_path / "kernel.cubin")
+
+
+class Hopper:
+    """A driver that knows what to compile for, and can run nothing."""
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+
+SIZES = {"aligned": ((2304, 2304), 64, 16, 10), "odd": ((13, 20), 41, 7, 3), "one latent": ((16,), 1, 1, 1)}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_step_compiles_with_the_arguments_that_it_passes(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Everything of a training step but running the kernels: nothing in it looks at what they compute."""
+    launched: list[str] = []
+
+    def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: object, warps: int) -> None:
+        made = kernel.warmup(*arguments, grid=grid, num_warps=warps, enable_fp_fusion=True)
+        assert_fits(made.asm["cubin"], tmp_path / "kernel.cubin")
+        launched.append(kernel.fn.__name__)
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
+    for module in MODULES:
+        monkeypatch.setattr(module, "launch", compile_only)
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
+    widths, num_latents, rows, k = SIZES[name]
+    worlds = import_module("gpu_worlds")
+    step = worlds.World(worlds.Size(widths, num_latents, rows, k), device="cpu").step()
+    outcome = step(torch.ones(rows, sum(widths)))
+    operations.sum_by_row(outcome.selection.groups[0].pattern, outcome.left.products, step.shadow)
+    assert set(launched) == {launch[0].__name__ for launch in launches()}
 
 
 def test_every_kernel_is_compiled() -> None:
@@ -95,7 +142,7 @@ def test_every_kernel_is_compiled() -> None:
     called_by_others = {"_tile", "_weighted_sum", "_rounded"}
     written = {
         name
-        for module in (adam, compaction, latent_sums, row_products)
+        for module in MODULES
         for name, value in vars(module).items()
         if isinstance(value, triton.JITFunction) and value.__module__ == module.__name__
     }
@@ -105,4 +152,4 @@ def test_every_kernel_is_compiled() -> None:
 def test_kernels_are_found_by_their_file() -> None:
     room = Path(row_products.__file__).parent
     with_kernels = {path.stem for path in room.glob("*.py") if "@triton.jit" in path.read_text(encoding="utf-8")}
-    assert with_kernels == {"adam", "compaction", "latent_sums", "row_products"}
+    assert with_kernels == {"adam", "compaction", "row_products", "segment_sums"}

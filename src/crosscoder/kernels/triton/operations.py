@@ -6,7 +6,7 @@ waits for the device, none adds atomically: the same input gives the same bits.
 
 from __future__ import annotations
 
-from crosscoder.kernels.triton.latent_sums import sum_by_latent
-from crosscoder.kernels.triton.row_products import DecodeError, decode_error, pair_products, sum_by_row
+from crosscoder.kernels.triton.row_products import DecodeError, decode_error, pair_products
+from crosscoder.kernels.triton.segment_sums import sum_by_latent, sum_by_row
 
 __all__ = ["DecodeError", "decode_error", "pair_products", "sum_by_latent", "sum_by_row"]

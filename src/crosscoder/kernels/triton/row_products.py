@@ -1,6 +1,5 @@
-"""Products along rows: decode, decode with its error and code gradients, and products of pairs.
+"""Products along rows: the error of decoding with its code gradients, and products of pairs.
 
-    sum_by_row      y_r = Σ_{p in row r} w_p t_{i(p)}
     decode_error    error_r = target_r − Σ_p v_p d_{i(p)}        products_p = error_{r(p)} · d_{i(p)}
     pair_products   left_{r(p)} · right_{i(p)}
 
@@ -34,26 +33,6 @@ COLUMNS = tl.constexpr(256)
 ALIGNED = 16
 TILE_WARPS = 8
 NUM_WARPS = 4
-
-
-@triton.jit
-@no_type_check
-def _sum_by_row(row_pointers, latents, weights, table, out, width):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < width
-    begin, end = tl.load(row_pointers + row), tl.load(row_pointers + row + 1)
-    sums = tl.zeros([PAIRS, COLUMNS], tl.float32)
-    while begin < end:
-        p = begin + tl.arange(0, PAIRS)
-        there = p < end
-        latent = tl.load(latents + p, mask=there, other=0).to(tl.int64)
-        weight = tl.load(weights + p, mask=there, other=0.0).to(tl.float32)
-        places = latent[:, None] * width + columns[None, :]
-        rows = tl.load(table + places, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        sums += weight[:, None] * rows
-        begin += PAIRS
-    tl.store(out + row * width + columns, tl.sum(sums, axis=0), mask=inside)
 
 
 @triton.jit
@@ -125,17 +104,6 @@ class DecodeError:
 
     error: Float[Tensor, "rows width"]
     products: Float[Tensor, "active"]
-
-
-def sum_by_row(
-    pattern: Pattern, weights: Float[Tensor, "active"], table: Float[Tensor, "latents width"]
-) -> Float[Tensor, "rows width"]:
-    """`Σ_{p in row r} weights_p · table[latent_p]` for every row, in fp32."""
-    table, width = table.contiguous(), table.shape[1]
-    out = torch.empty(pattern.num_rows, width, device=table.device)
-    grid, pairs = (pattern.num_rows, blocks(width, COLUMNS)), (pattern.latents, weights.contiguous())
-    launch(_sum_by_row, grid, pattern.row_pointers, *pairs, table, out, width, warps=NUM_WARPS)
-    return out
 
 
 def decode_error(

@@ -1,11 +1,13 @@
-"""Sums along latents: the gradients of encoder, decoder and bias, without atomics.
+"""Weighted sums of table rows over segments of pairs, by row and by latent, without atomics.
 
-    sum_by_latent    s_i = Σ_{p on latent i} w_p t_{r(p)}
+    sum_by_row      y_r = Σ_{p in row r} w_p t_{i(p)}           decoding, gradient of x
+    sum_by_latent   s_i = Σ_{p on latent i} w_p t_{r(p)}        gradients of encoder, decoder and bias
 
-A program sums one latent's list over one stretch of columns, in the order of the list, in fp32. A latent that is active
-in more than PIECE rows would keep one program busy long after the others: its list is cut into pieces of that length,
+A program sums one segment over one stretch of columns, in the order of its list, in fp32. A latent that is active in
+more than PIECE rows would keep one program busy long after the others: its list is cut into pieces of that length,
 which other programs sum first, and its own program adds the pieces in order. How many pieces there can be is known
-from the capacity alone; which latent each belongs to is found on the device. Same input, same bits.
+from the capacity alone; which latent each belongs to is found on the device. Same input, same bits. Programs of one
+stretch run one after the other, so that the stretch of a table stays in the second-level cache.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from crosscoder.kernels.triton.patterns import PaddedPattern, from_zero
 
 PIECE = tl.constexpr(256)
 PAIRS = tl.constexpr(8)
-COLUMNS = tl.constexpr(256)
+COLUMNS = tl.constexpr(512)
 NUM_WARPS = 4
+"""Each of the 128 threads has four fp32 columns of all PAIRS rows: sums over rows stay within a thread."""
 
 
 @triton.jit
@@ -34,7 +37,7 @@ NUM_WARPS = 4
 def _weighted_sum(rows, weights, table, begin, end, columns, width):
     """`Σ weights · table[rows]` of the list from `begin` to `end`, over some columns."""
     inside = columns < width
-    sums = tl.zeros([PAIRS, COLUMNS], tl.float32)
+    sums = tl.zeros([COLUMNS], tl.float32)
     while begin < end:
         p = begin + tl.arange(0, PAIRS)
         there = p < end
@@ -42,20 +45,19 @@ def _weighted_sum(rows, weights, table, begin, end, columns, width):
         weight = tl.load(weights + p, mask=there, other=0.0).to(tl.float32)
         places = row[:, None] * width + columns[None, :]
         values = tl.load(table + places, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        sums += weight[:, None] * values
+        sums += tl.sum(weight[:, None] * values, axis=0)
         begin += PAIRS
-    return tl.sum(sums, axis=0)
+    return sums
 
 
 @triton.jit
 @no_type_check
-def _sum_pieces(begins, ends, rows, weights, table, out, width):
-    piece = tl.program_id(0).to(tl.int64)
+def _sum_ranges(begins, ends, rows, weights, table, out, width):
+    segment = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    begin, end = tl.load(begins + piece), tl.load(ends + piece)
-    if begin < end:
-        sums = _weighted_sum(rows, weights, table, begin, end, columns, width)
-        tl.store(out + piece * width + columns, sums, mask=columns < width)
+    begin, end = tl.load(begins + segment), tl.load(ends + segment)
+    sums = _weighted_sum(rows, weights, table, begin, end, columns, width)
+    tl.store(out + segment * width + columns, sums, mask=columns < width)
 
 
 @triton.jit
@@ -86,6 +88,18 @@ class _Pieces:
     pointers: Int[Tensor, "latents_plus_one"]
 
 
+def sum_by_row(
+    pattern: Pattern, weights: Float[Tensor, "active"], table: Float[Tensor, "latents width"]
+) -> Float[Tensor, "rows width"]:
+    """`Σ_{p in row r} weights_p · table[latent_p]` for every row, in fp32."""
+    table, width = table.contiguous(), table.shape[1]
+    out = torch.empty(pattern.num_rows, width, device=table.device)
+    grid, starts = (pattern.num_rows, blocks(width, COLUMNS)), pattern.row_pointers
+    lists = (pattern.latents, weights.contiguous(), table)
+    launch(_sum_ranges, grid, starts, starts[1:], *lists, out, width, warps=NUM_WARPS)
+    return out
+
+
 def sum_by_latent(
     pattern: Pattern, weights: Float[Tensor, "active"], table: Float[Tensor, "rows width"]
 ) -> Float[Tensor, "latents width"]:
@@ -98,7 +112,7 @@ def sum_by_latent(
     found = _pieces(pattern.latent_pointers, capacity=weights.shape[0])
     stretches = blocks(width, COLUMNS)
     parts = torch.empty(found.begins.shape[0], width, device=table.device)
-    launch(_sum_pieces, (len(parts), stretches), found.begins, found.ends, *lists, parts, width, warps=NUM_WARPS)
+    launch(_sum_ranges, (len(parts), stretches), found.begins, found.ends, *lists, parts, width, warps=NUM_WARPS)
     grid, starts = (pattern.num_latents, stretches), pattern.latent_pointers
     launch(_sum_latents, grid, starts, *lists, found.pointers, parts, out, width, warps=NUM_WARPS)
     return out
