@@ -18,6 +18,8 @@ from torch import Tensor
 
 from crosscoder.kernels.reference import batch_top_k_mask, top_k_mask
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's. The step size is so small that weights alone would hardly tell two runs apart."""
 STEPS = 3
 """Updates after which two runs are compared."""
 
@@ -70,13 +72,16 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 
 def bit_equal(task: Task) -> bool:
-    """Whether two trainers that see the same batches have the same weights to the last bit."""
-    first, second = (_weights_after(task) for _ in range(2))
+    """Whether two trainers that see the same batches have the same weights and moments to the last bit."""
+    first, second = (_state_after(task) for _ in range(2))
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def _weights_after(task: Task) -> list[Tensor]:
+def _state_after(task: Task) -> list[Tensor]:
     contender = OurStep(start(task.size, task.folder, dead=task.dead), OURS[task.contender])
     for x in pool(task.folder)[:STEPS]:
         contender.step(x)
-    return [parameter.detach().clone() for parameter in contender.trainer.crosscoder.parameters()]
+    trainer = contender.trainer
+    parameters = list(trainer.crosscoder.parameters())
+    moments = [trainer.optimiser.state[parameter][name] for parameter in parameters for name in MOMENTS]
+    return [tensor.detach().clone() for tensor in (*parameters, *moments)]

@@ -62,12 +62,14 @@ PEERS: dict[str, Callable[[Start], Contender]] = {
     "sae-lens BatchTopK": partial(step_peers.SaeLens, kind="batchtopk"),
 }
 CHECKED: dict[str, Callable[[Start], Checked]] = {
-    **{name: partial(lambda start, of: OurStep(start, of), of=ours) for name, ours in OURS.items()},
+    **{name: partial(lambda start, of: OurStep(start, of, clip=NO_CLIPPING), of=ours) for name, ours in OURS.items()},
     "dense": DenseStep,
     "textbook TopK": TextbookStep,
 }
+"""As they are checked: ours without clipping, since its gradients are read from Adam's moments."""
 CONTENDERS: dict[str, Callable[[Start], Contender]] = {
     **CHECKED,
+    **{name: partial(lambda start, of: OurStep(start, of), of=ours) for name, ours in OURS.items()},
     "dense, bf16 (inexact)": partial(DenseStep, autocast=True),
     **PEERS,
 }
@@ -78,14 +80,13 @@ PER_ROW = ("ours, TopK", "textbook TopK")
 class OurStep:
     """`Trainer.step`, on the trained weights."""
 
-    def __init__(self, start: Start, of: Ours, *, gradient_clip: float = GRADIENT_CLIP) -> None:
-        self._start, self._of = start, of
+    def __init__(self, start: Start, of: Ours, *, clip: float = GRADIENT_CLIP) -> None:
         size = start.size
         config = TrainConfig(
             num_tokens=NUM_TOKENS,
             batch_size=size.batch_size,
             learning_rate=LEARNING_RATE,
-            gradient_clip=gradient_clip,
+            gradient_clip=clip,
             **of.train,
         )
         self.trainer = Trainer(start.crosscoder(of.nonlinearity(size.k)), config)
@@ -96,14 +97,12 @@ class OurStep:
         self.trainer.step(x)
 
     def first_update(self, x: Tensor) -> FirstUpdate:
-        """One update of a fresh trainer without clipping: Adam's first moment is then (1 − β₁) of the gradient."""
-        fresh = OurStep(self._start, self._of, gradient_clip=NO_CLIPPING).trainer
-        code = fresh.step(x).code
-        crosscoder = fresh.crosscoder
-        own = crosscoder.weights[0]
+        """The first update, without clipping: Adam's first moment is then (1 − β₁) of the gradient."""
+        code, crosscoder = self.trainer.step(x).code, self.trainer.crosscoder
+        own, moments = crosscoder.weights[0], self.trainer.optimiser.state
         parameters = dict(zip(NAMES, (own.encoder, own.encoder_bias, own.decoder, crosscoder.bias), strict=True))
-        moments = {name: fresh.optimiser.state[p]["exp_avg"].reshape(p.shape) for name, p in parameters.items()}
-        return FirstUpdate(code.to_dense() > 0, {name: m.clone() / (1 - BETA1) for name, m in moments.items()})
+        gradients = {name: moments[p]["exp_avg"].reshape(p.shape) / (1 - BETA1) for name, p in parameters.items()}
+        return FirstUpdate(code.to_dense() > 0, gradients)
 
 
 def available(*, peers: bool) -> tuple[list[str], list[str]]:

@@ -70,6 +70,18 @@ class World:
 
 
 @dataclass(frozen=True)
+class Normaliser:
+    """`x̃ = (x − μ) c`."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Raw packed rows, normalised in this normaliser's precision."""
+        return (x.to(self.mean.dtype) - self.mean) * self.scale
+
+
+@dataclass(frozen=True)
 class Start:
     """Weights that every contender begins with, in normalised space, and which latents are dead."""
 
@@ -89,14 +101,10 @@ class Start:
         cc.settle()
         return cc
 
-    @property
-    def scale_columns(self) -> Tensor:
-        """`c_s` over the columns of every source."""
-        return self.tensors["scale"].repeat_interleave(self.size.width)
-
-    def normalised(self, x: Tensor) -> Tensor:
-        """`x̃`."""
-        return (x - self.tensors["mean"]) * self.scale_columns
+    def normaliser(self, dtype: torch.dtype = torch.float32) -> Normaliser:
+        """What turns raw rows into those that the weights are for; it keeps no weights alive."""
+        scale = self.tensors["scale"].repeat_interleave(self.size.width)
+        return Normaliser(self.tensors["mean"].to(dtype), scale.to(dtype))
 
 
 def folder_of(size: Size, cache: Path) -> Path:

@@ -46,16 +46,12 @@ class DenseModel:
         self.size, self.k_aux = start.size, max(1, start.size.width // 2)
         self.parameters = {name: nn.Parameter(start.tensors[name].to(dtype, copy=True)) for name in NAMES}
         self.encoder, self.encoder_bias, self.decoder, self.bias = self.parameters.values()
-        self._mean, self._scale = start.tensors["mean"].to(dtype), start.scale_columns.to(dtype)
+        self.normalised = start.normaliser(dtype)
         self.rows_since_fired = torch.zeros(start.size.num_latents, dtype=torch.int64)
         self.rows_since_fired[start.dead] = LONG_AGO
         self.step_number = 0
         self.gate: Tensor
         self.refresh_gate()
-
-    def normalised(self, x: Tensor) -> Tensor:
-        """`x̃`."""
-        return (x.to(self._mean.dtype) - self._mean) * self._scale
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """`p`."""

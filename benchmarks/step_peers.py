@@ -109,7 +109,7 @@ class Sparsify:
     def __init__(self, start: Start) -> None:
         sparsify: Any = import_module("sparsify")
         size = start.size
-        self._start, self._gate = start, _Gate(size.batch_size)
+        self._normalised, self._gate = start.normaliser(), _Gate(size.batch_size)
         self._model = _Rows(torch.zeros(size.batch_size, size.total_width))
         config = sparsify.TrainConfig(
             sparsify.SaeConfig(num_latents=size.num_latents, k=size.k),
@@ -130,7 +130,7 @@ class Sparsify:
 
     def step(self, x: Tensor) -> None:
         """One batch through `Trainer.fit`."""
-        self._model.rows = self._start.normalised(x)
+        self._model.rows = self._normalised(x)
         self._gate.asked.put(None)
         self._wait()
 
@@ -177,7 +177,7 @@ class SaeLens:
             rescale_acts_by_decoder_norm=not sparse,
             aux_loss_coefficient=AUX_COEFFICIENT,
         )
-        self._start, self._sae = start, getattr(sae_lens, f"{prefix}TrainingSAE")(settings)
+        self._normalised, self._sae = start.normaliser(), getattr(sae_lens, f"{prefix}TrainingSAE")(settings)
         training = config.SAETrainerConfig(
             total_training_samples=MANY,
             train_batch_size_samples=size.batch_size,
@@ -189,7 +189,7 @@ class SaeLens:
 
     def step(self, x: Tensor) -> None:
         """One step of its trainer."""
-        self._trainer.step(self._start.normalised(x))
+        self._trainer.step(self._normalised(x))
         self._trainer.n_training_steps += 1
 
     @torch.no_grad()
