@@ -58,7 +58,9 @@ def follow(crosscoder: Crosscoder, codes: Sequence[SparseCode], *, memory: float
     """Move each threshold towards the lowest score that a training batch kept: `τ ← memory τ + (1 − memory) lowest`."""
     for budget, scores in zip(crosscoder.budgets, budget_scores(crosscoder, codes), strict=True):
         if scores.numel():
-            lowest, old = scores.min(), crosscoder.weights[budget.groups[0]].threshold
+            old = crosscoder.weights[budget.groups[0]].threshold
+            lowest = torch.where(scores > 0, scores, torch.inf).min()
+            lowest = torch.where(lowest.isinf(), old, lowest)
             old = torch.where(old.isnan(), lowest, old)
             _set_threshold(crosscoder, budget, memory * old + (1 - memory) * lowest)
 

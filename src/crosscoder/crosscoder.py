@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from crosscoder import calibration, crosscoder_files, folding, initialisation, nonlinearities
 from crosscoder.codes import SparseCode
 from crosscoder.errors import NotCalibrated, SourceMismatch
-from crosscoder.groups import GroupLayout, GroupPart, GroupWeights, assemble, code_norm
+from crosscoder.groups import Columns, GroupLayout, GroupPart, GroupWeights, assemble, code_norm
 from crosscoder.kernels import dispatch, reference, selection, sparse
 from crosscoder.kernels.candidates import Encoding
 from crosscoder.kernels.dispatch import Precision
 from crosscoder.kernels.jump_relu import jump_relu
 from crosscoder.kernels.selection import Cut
 from crosscoder.kernels.sparse import Decoding, Fit
+from crosscoder.kernels.torch_ops import add_by_latent
 from crosscoder.nonlinearities import BatchTopK, Budget, CodeNorm, JumpReLU, Nonlinearity, ReLU, TopK, active_per_row
 from crosscoder.sources import SourceSet
 from crosscoder.wiring import Wiring
@@ -76,8 +77,7 @@ class Activity:
         """`Σ_rows f_i`; differentiable."""
         if self.f is not None:
             return self.f.sum(0)
-        sums = [code.values.new_zeros(code.num_latents).index_add(0, code.latents, code.values) for code in self.groups]
-        return torch.cat(sums)
+        return torch.cat([add_by_latent(code.pattern, code.values) for code in self.groups])
 
     def detach(self) -> Activity:
         """The same without its graph and without matrices of pre-activations."""
@@ -132,6 +132,10 @@ class Crosscoder(nn.Module):
         self.scale: Tensor
         self.register_buffer("mean", torch.zeros(wiring.sources.width))
         self.register_buffer("scale", torch.ones(len(wiring.sources)))
+        self._columns_by_keys: dict[tuple[str, ...], Columns] = {}
+        self._source_of_column: Tensor
+        owners = torch.arange(len(wiring.sources)).repeat_interleave(torch.tensor(wiring.sources.widths))
+        self.register_buffer("_source_of_column", owners, persistent=False)
         self.settle()
 
     @property
@@ -331,15 +335,16 @@ class Crosscoder(nn.Module):
 
     def scale_columns(self, sources: SourceSet) -> Float[Tensor, "width"]:
         """`c_s` repeated over the columns of each of `sources`."""
-        ids = torch.tensor([self.sources.index(key) for key in sources.keys], device=self.scale.device)
-        widths = torch.tensor(sources.widths, device=self.scale.device)
-        return self.scale[ids].repeat_interleave(widths, output_size=sources.width)
+        return self.scale[self._columns(sources)(self._source_of_column)]
 
     def mean_columns(self, sources: SourceSet) -> Float[Tensor, "width"]:
         """`μ` over the columns of `sources`."""
-        if sources == self.sources:
-            return self.mean
-        return self.mean[torch.tensor(self.sources.columns(sources.keys), device=self.mean.device)]
+        return self._columns(sources)(self.mean)
+
+    def _columns(self, sources: SourceSet) -> Columns:
+        if sources.keys not in self._columns_by_keys:
+            self._columns_by_keys[sources.keys] = Columns(self.sources, sources.keys)
+        return self._columns_by_keys[sources.keys]
 
     def _encodings(self, parts: Sequence[Tensor]) -> list[Encoding]:
         gated = isinstance(self.nonlinearity, TopK | BatchTopK)

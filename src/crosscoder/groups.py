@@ -105,6 +105,7 @@ class GroupLayout:
         self._skip_ids = [wiring.writes.index(key) for key in skipped]
         self.read = Columns(wiring.reads, group.reads)
         self.written = Columns(wiring.writes, group.writes)
+        self.everything = group.tied != "decoder" and own.keys == wiring.writes.keys
         copies = [(key,) for key in own.keys] if group.tied == "decoder" else [own.keys]
         self._written = [Columns(wiring.writes, keys) for keys in copies]
         self.skip_written = Columns(wiring.writes, tuple(skipped)) if skipped else None

@@ -192,6 +192,8 @@ def code_and_tables(seed: int, *, empty_latent: bool, hot: bool = False) -> tupl
 class Everything:
     """A group that writes all columns."""
 
+    everything = True
+
     def add_(self, writes: Tensor, part: Tensor) -> None:
         writes += part
 

@@ -22,12 +22,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crosscoder.codes import Pattern, SparseCode
-from crosscoder.kernels import torch_ops as ops
+from crosscoder.kernels import dispatch
 from crosscoder.kernels.spares import Spares
+from crosscoder.kernels.torch_ops import add_by_latent
 
 
 class Written(Protocol):
     """Where the product with a group's stored decoder goes among the packed writes."""
+
+    @property
+    def everything(self) -> bool:
+        """Whether that is all of them, in their order."""
+        ...
 
     def add_(self, writes: Tensor, part: Tensor) -> None:
         """Add the product onto the packed writes, in place."""
@@ -114,12 +120,13 @@ class _Encode(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, encoder = ctx.saved_tensors
         pattern: Pattern = ctx.pattern
-        grad = grad_outputs[0].contiguous()
+        grad, ops = grad_outputs[0].contiguous(), dispatch.operations(x.device.type)
         needs_x, needs_encoder, needs_bias, *_ = ctx.needs_input_grad
         grad_x = ops.sum_by_row(pattern, grad, encoder) if needs_x else None
-        out = ctx.spares.take("encoder", encoder)
-        grad_encoder = ops.sum_by_latent(pattern, grad, x, out=out) if needs_encoder else None
-        grad_bias = ops.add_by_latent(pattern, grad) if needs_bias else None
+        grad_encoder = None
+        if needs_encoder:
+            grad_encoder = ops.sum_by_latent(pattern, grad, x, out=ctx.spares.take("encoder", encoder))
+        grad_bias = add_by_latent(pattern, grad) if needs_bias else None
         return grad_x, grad_encoder, grad_bias, None, None, None
 
 
@@ -128,6 +135,7 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, groups: Sequence[Decoding], num_rows: int, bias: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.groups = groups
+        ops = dispatch.operations(bias.device.type)
         writes = bias.expand(num_rows, -1).clone()
         for group, values, decoder in _by_group(groups, tensors):
             group.written.add_(writes, ops.sum_by_row(group.code.pattern, values, decoder))
@@ -148,12 +156,10 @@ class _Fit(torch.autograd.Function):
     def forward(
         ctx: Any, groups: Sequence[Decoding], widths: Sequence[int], target: Tensor, bias: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        error = target - bias
-        for group, values, decoder in _by_group(groups, tensors):
-            group.written.add_(error, ops.sum_by_row(group.code.pattern, -values, decoder))
+        error, products = _error(groups, tensors, target - bias)
         source_errors = squared_errors(error, widths)
         ctx.groups = groups
-        ctx.save_for_backward(*tensors, error)
+        ctx.save_for_backward(*tensors, products, error)
         ctx.mark_non_differentiable(source_errors)
         ctx.set_materialize_grads(False)
         return error, source_errors.sum(), source_errors
@@ -163,10 +169,25 @@ class _Fit(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        products: Tensor | None = ctx.saved_tensors[-2] if grad_outputs[0] is None else None
         error, factor = _error_gradient(ctx.saved_tensors[-1], grad_outputs[0], grad_outputs[1])
         grad_target = factor * error if ctx.needs_input_grad[2] else None
         grad_bias = -factor * error.sum(0) if ctx.needs_input_grad[3] else None
-        return None, None, grad_target, grad_bias, *_gradients(ctx, error, -factor)
+        return None, None, grad_target, grad_bias, *_gradients(ctx, error, -factor, products=products)
+
+
+def _error(
+    groups: Sequence[Decoding], tensors: Sequence[Tensor], target: Tensor
+) -> tuple[Float[Tensor, "rows writes"], Float[Tensor, "active"] | None]:
+    """What the groups leave of the target; and where one group writes all of it, the products with its decoder rows."""
+    ops = dispatch.operations(target.device.type)
+    if len(groups) == 1 and groups[0].written.everything:
+        values, decoder = tensors
+        found = ops.decode_error(groups[0].code.pattern, values, decoder, target=target)
+        return found.error, found.products
+    for group, values, decoder in _by_group(groups, tensors):
+        group.written.add_(target, ops.sum_by_row(group.code.pattern, -values, decoder))
+    return target, None
 
 
 def _error_gradient(error: Tensor, grad_error: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -177,20 +198,29 @@ def _error_gradient(error: Tensor, grad_error: Tensor | None, grad_total: Tensor
     return grad_error + factor * error, torch.ones_like(factor)
 
 
-def _gradients(ctx: Any, grad: Tensor, factor: Tensor | float) -> list[Tensor | None]:
-    """Gradients of values and decoders, group by group, when that of the writes is `factor · grad`."""
-    needed = ctx.needs_input_grad[-2 * len(ctx.groups) :]
+def _gradients(
+    ctx: Any, grad: Tensor, factor: Tensor | float, *, products: Tensor | None = None
+) -> list[Tensor | None]:
+    """Gradients of values and decoders, group by group, when that of the writes is `factor · grad`.
+
+    `products` are those of `grad` with the pairs' decoder rows, where they are known.
+    """
+    ops = dispatch.operations(grad.device.type)
+    needed, tensors = ctx.needs_input_grad[-2 * len(ctx.groups) :], ctx.saved_tensors[: 2 * len(ctx.groups)]
     found: list[Tensor | None] = []
-    for (group, values, decoder), needs in zip(_by_group(ctx.groups, ctx.saved_tensors), _pairs(needed), strict=True):
+    for (group, values, decoder), needs in zip(_by_group(ctx.groups, tensors), _pairs(needed), strict=True):
         pattern, own = group.code.pattern, group.written.gather(grad)
-        found.append(ops.pair_products(pattern, own, decoder).mul_(factor) if needs[0] else None)
-        out = group.spares.take("decoder", decoder) if needs[1] else None
-        found.append(ops.sum_by_latent(pattern, values * factor, own, out=out) if needs[1] else None)
+        pairs = ops.pair_products(pattern, own, decoder) if needs[0] and products is None else products
+        found.append(None if pairs is None else pairs * factor)
+        found.append(None)
+        if needs[1]:
+            out = group.spares.take("decoder", decoder)
+            found[-1] = ops.sum_by_latent(pattern, values * factor, own, out=out)
     return found
 
 
 def _by_group(groups: Sequence[Decoding], tensors: Sequence[Tensor]) -> list[tuple[Decoding, Tensor, Tensor]]:
-    return [(group, *pair) for group, pair in zip(groups, _pairs(tensors[: 2 * len(groups)]), strict=True)]
+    return [(group, *pair) for group, pair in zip(groups, _pairs(tensors), strict=True)]
 
 
 def _pairs(items: Sequence[Any]) -> list[tuple[Any, Any]]:

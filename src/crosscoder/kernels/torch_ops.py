@@ -3,6 +3,7 @@
     sum_by_row      y_r = Σ_{p in row r} v_p T_{i(p)}           decode; the gradient of x
     sum_by_latent   G_i = Σ_{p on i} v_p T_{r(p)}               both weight gradients
     pair_products   u_p = L_{r(p)} · R_{i(p)}                   values of chosen pairs; the gradient of values
+    decode_error    e = y − Σ v d,  u_p = e_{r(p)} · d_{i(p)}   both at once
     add_by_latent   s_i = Σ_{p on i} v_p                        the gradient of biases
 
 Exact but for the order of summation, in the tables' dtype; the same pairs give the same bits. Every sum goes over a
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from crosscoder.codes import Pattern
+from crosscoder.kernels.operations import DecodeError
 
 CHUNK_ELEMENTS = 2**19
 """Weight gradients are summed so many numbers at a time: new memory costs more than the sums, and this much is reused.
@@ -53,10 +55,23 @@ def sum_by_latent(
 
 
 def add_by_latent(pattern: Pattern, weights: Float[Tensor, "active"]) -> Float[Tensor, "latents"]:
-    """`Σ_{p on latent i} weights_p` for every latent."""
+    """`Σ_{p on latent i} weights_p` for every latent; differentiable."""
     if not weights.shape[0]:
         return weights.new_zeros(pattern.num_latents)
-    return torch.segment_reduce(weights[pattern.by_latent], "sum", offsets=pattern.latent_pointers, initial=0.0)
+    offsets = pattern.latent_pointers
+    return torch.segment_reduce(weights[pattern.by_latent], "sum", offsets=offsets, initial=0.0, unsafe=True)
+
+
+def decode_error(
+    pattern: Pattern,
+    values: Float[Tensor, "active"],
+    decoder: Float[Tensor, "latents width"],
+    *,
+    target: Float[Tensor, "rows width"],
+) -> DecodeError:
+    """What the code leaves of `target`, and for every pair its product with the decoder row."""
+    error = target - sum_by_row(pattern, values, decoder)
+    return DecodeError(error, pair_products(pattern, error, decoder))
 
 
 def pair_products(
