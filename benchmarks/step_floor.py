@@ -5,6 +5,7 @@
 
 Adam reads and writes 28 bytes per parameter (weight, gradient, two moments). A rate is the best that was seen: the
 product at the encoder's own shape, in float32 and bfloat16; copying, reads and writes counted; torch's fused Adam.
+Where others had the cores all the time, rates are too low and floors too high.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from torch import nn
 ADAM_BYTES = 28
 COPIED = 1 << 26
 """Numbers that are copied: 256 MB, far more than any cache."""
-DISTURBED = 1.25
-"""Wall time over CPU seconds per thread, from which on a product has shared its cores."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,10 @@ class RateMeter:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The shortest of several times; of one that was disturbed, the CPU seconds over threads."""
+    """The shortest of several times."""
     taken, end = list[float](), time.perf_counter() + 0.1
     while len(taken) < 2 or time.perf_counter() < end:
-        wall, cpu = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
         work()
-        wall, cpu = time.perf_counter() - wall, (time.process_time() - cpu) / torch.get_num_threads()
-        taken.append(cpu if wall > DISTURBED * cpu else wall)
+        taken.append(time.perf_counter() - start)
     return min(taken)
