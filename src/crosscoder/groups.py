@@ -94,6 +94,7 @@ class GroupLayout:
 
     def __init__(self, group: LatentGroup, wiring: Wiring) -> None:
         self.group = group
+        self.alone = len(wiring.groups) == 1
         self.first, self.last = wiring.latent_ranges[wiring.groups.index(group)]
         own = wiring.sources.subset(group.writes)
         self.write_slices = own.slices
@@ -160,8 +161,10 @@ class GroupLayout:
         """The weights of those of `latents` that are in this group."""
         return GroupPart(weights, latents[self.pairs(latents)] - self.first, layout=self)
 
-    def pairs(self, latents: Tensor) -> Tensor:
+    def pairs(self, latents: Tensor) -> Tensor | slice:
         """Which of `latents` belong to this group."""
+        if self.alone:
+            return slice(None)
         return ((latents >= self.first) & (latents < self.last)).nonzero().squeeze(1)
 
 

@@ -186,6 +186,33 @@ def test_dead_latents_are_counted_in_rows_and_take_turns() -> None:
     assert [dead.taking_turns(step, at_most=1).tolist() for step in range(3)] == [[0], [2], [0]]
 
 
+@pytest.mark.parametrize("count", [0, 1, 3, 7, 40])
+def test_the_dead_take_the_same_turns_where_nobody_waits_for_the_device(count: int) -> None:
+    dead = DeadLatents(40, after_rows=5)
+    dead.rows_since_fired[torch.randperm(40, generator=torch.Generator().manual_seed(count))[:count]] = 9
+    for step in range(8):
+        chosen, among = dead.without_waiting(step, at_most=3)
+        assert chosen.shape == (3,)
+        assert torch.equal(chosen[among], dead.taking_turns(step, at_most=3))
+
+
+def test_auxk_of_the_dead_among_others_is_that_of_the_dead() -> None:
+    cc = trainer().crosscoder
+    x = cc.normalise(next(ToyWorld().batches(30)).x)
+    error = torch.randn(30, cc.writes.width)
+    some, among = torch.tensor([3, 9, 20, 31]), torch.tensor([True, False, True, False])
+    found: list[list[Tensor]] = []
+    for dead, mask in ((some[among], None), (some, among)):
+        auxiliary = losses.auxiliary(cc, x, error, dead=dead, k_aux=2, among=mask)
+        cc.zero_grad()
+        auxiliary.loss.backward()
+        auxiliary.add_gradients()
+        grads = [p.grad for p in cc.parameters() if p.grad is not None]
+        found.append([auxiliary.loss.detach(), *grads])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_schedules_by_hand() -> None:
     at = [schedules.learning_rate_factor(s, num_steps=10, warmup_steps=2, decay_steps=4) for s in range(10)]
     assert at == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]

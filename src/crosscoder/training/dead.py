@@ -6,7 +6,7 @@ Counted on the codes of the training step itself, so that logging and validation
 from __future__ import annotations
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from crosscoder.crosscoder import Activity
@@ -43,3 +43,11 @@ class DeadLatents(nn.Module):
         if dead.shape[0] <= at_most:
             return dead
         return dead.roll(-(step * at_most) % dead.shape[0])[:at_most].sort().values
+
+    def without_waiting(self, step: int, *, at_most: int) -> tuple[Int[Tensor, "some"], Bool[Tensor, "some"]]:
+        """The same latents on a device that is not to be waited for: filled up with living ones, and which are dead."""
+        dead = self.rows_since_fired >= self.after_rows
+        count = dead.sum()
+        turn = (dead.cumsum(0) - 1 - step * at_most) % count.clamp(min=1)
+        chosen = torch.where(dead, turn, len(dead)).topk(min(at_most, len(dead)), largest=False).indices.sort().values
+        return chosen, dead[chosen]

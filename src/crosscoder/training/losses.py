@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from crosscoder.crosscoder import Activity, Crosscoder
@@ -97,14 +97,17 @@ def auxiliary(
     *,
     dead: Int[Tensor, "dead"],
     k_aux: int,
+    among: Bool[Tensor, "dead"] | None = None,
 ) -> Auxiliary:
     """`‖e − ê‖²` of the dead latents' reconstruction `ê` of the detached error, mean over rows.
 
-    `reads` and `error` are packed over `crosscoder.reads` and `crosscoder.writes`.
+    `reads` and `error` are packed over `crosscoder.reads` and `crosscoder.writes`. Where `among` is given, only those
+    of `dead` for which it holds take part: a number of latents that a device need not tell.
     """
     target = error.detach()
     parts = crosscoder.group_parts(dead)
     pre = torch.cat([torch.addmm(part.bias, part.read(reads), part.encoder.T) for part in parts], dim=1)
+    pre = pre if among is None else pre.masked_fill(~among, -1.0)
     score = pre.detach() * torch.cat([part.gate for part in parts])
     kept = score.topk(min(k_aux, score.shape[1]), dim=1)
     values = torch.relu(pre.gather(1, kept.indices))

@@ -257,12 +257,15 @@ class Trainer:
         """AuxK of some of the dead latents on some of the rows, if any are dead."""
         if not self.aux.coefficient:
             return None
-        dead = self.dead.taking_turns(self.step_number, at_most=AUX_CANDIDATES)
+        if self._on_cpu:
+            dead, among = self.dead.taking_turns(self.step_number, at_most=AUX_CANDIDATES), None
+        else:
+            dead, among = self.dead.without_waiting(self.step_number, at_most=AUX_CANDIDATES)
         rows = slice(self.step_number % AUX_ROWS, None, AUX_ROWS)
         if not dead.numel() or not len(error[rows]):
             return None
         k_aux = self.aux.max_latents or max(1, error.shape[1] // len(self.crosscoder.writes) // 2)
-        return losses.auxiliary(self.crosscoder, reads[rows], error[rows], dead=dead, k_aux=k_aux)
+        return losses.auxiliary(self.crosscoder, reads[rows], error[rows], dead=dead, k_aux=k_aux, among=among)
 
     def _update(self, loss: Tensor, x: Tensor) -> Tensor:
         norm = self.optimiser.norm()
