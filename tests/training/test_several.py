@@ -25,7 +25,7 @@ from crosscoder.training.sinks import RunStart, Sink, read_metrics
 
 RunFile = Callable[..., Path]
 PAIR: dict[str, Any] = {
-    "small": {"wiring": {"num_latents": 32}, "nonlinearity": {"k": 4}},
+    "small": {"wiring": {"num_latents": 32}, "nonlinearity": {"k": 4}, "losses": {"source_dropout": 0.2}},
     "large": {"train": {"learning_rate": 1e-3}, "losses": {"source_dropout": 0.3}},
 }
 
@@ -35,7 +35,7 @@ def file_of(toy_run_file: RunFile) -> Callable[[Mapping[str, Any]], Path]:
     """`file_of(dictionaries, key=value)` writes the toy run with these dictionaries."""
 
     def write(dictionaries: Mapping[str, Any], **top: Any) -> Path:
-        path = toy_run_file()
+        path = toy_run_file(num_tokens=1280)
         content = yaml.safe_load(path.read_text()) | {"dictionaries": dict(dictionaries)} | top
         path.write_text(yaml.safe_dump(content, sort_keys=False))
         return path
@@ -80,7 +80,10 @@ def test_every_entry_is_a_run_with_its_own_keys_over_those_of_the_file(file_of: 
     assert small.wiring == AcausalConfig(num_latents=32) and large.wiring == AcausalConfig(num_latents=64)
     assert (small.k, large.k) == (4, 8)
     assert (small.train.learning_rate, large.train.learning_rate) == (3e-3, 1e-3)
-    assert large.losses.source_dropout == 0.3 and large.losses.aux == small.losses.aux
+    assert (small.losses.source_dropout, large.losses.source_dropout) == (
+        0.2,
+        0.3,
+    ) and large.losses.aux == small.losses.aux
     assert small.out is not None and (Path(small.out).parts[-2:], Path(str(large.out)).name) == (
         ("run", "small"),
         "large",
@@ -210,19 +213,17 @@ def test_runs_that_do_not_share_their_stream_are_refused(toy_run_file: RunFile, 
 
 def test_each_is_to_the_bit_what_it_is_alone(file_of: Any, tmp_path: Path) -> None:
     """Also where one starts from its own rows, hides sources or stops at other latents than its neighbours."""
-    own_start = {
-        "nonlinearity": {"kind": "jump_relu"},
-        "sparsity": {"kind": "tanh", "coefficient": 0.1},
-        "init": {"firing_fraction": 0.1},
-    }
-    together = train_together(file_of({**PAIR, "jump": own_start}))
-    assert [result.path.name for result in together] == ["small", "large", "jump"]
+    start = {"init": {"firing_fraction": 0.1}, "wiring": {"num_latents": 16}}
+    relu = {"nonlinearity": {"kind": "relu"}, "sparsity": {"kind": "l1", "coefficient": 0.1}}
+    jump = {"nonlinearity": {"kind": "jump_relu"}, "sparsity": {"kind": "tanh", "coefficient": 0.1}}
+    together = train_together(file_of({**PAIR, "relu": relu | start, "jump": jump | start}))
+    assert [result.path.name for result in together] == ["small", "large", "relu", "jump"]
     for result in together:
         resolved = RunConfig.load(result.path / "run.yaml")
         alone = train(resolved.model_copy(update={"out": str(tmp_path / "alone" / result.path.name)}))
         assert_equal_runs(alone.path, result.path)
         assert alone.metrics.keys() == result.metrics.keys()
-    assert len({result.crosscoder.num_latents for result in together}) == 2
+    assert [result.crosscoder.num_latents for result in together] == [32, 64, 16, 16]
 
 
 def test_each_directory_is_an_ordinary_run(file_of: Any) -> None:
@@ -241,13 +242,13 @@ def test_resuming_equals_never_having_stopped(lost: bool, file_of: Any, tmp_path
     """Also when the process died after one dictionary's checkpoint and before the other's."""
     file = file_of(PAIR)
     whole = train_together(several.load(file, [f"out={tmp_path / 'whole'}"]))
-    stops: dict[str, list[Sink]] = {"small": [], "large": [StopsAt(20)]}
+    stops: dict[str, list[Sink]] = {"small": [], "large": [StopsAt(10)]}
     with pytest.raises(RuntimeError, match="stopped"):
         train_together(file, sinks=lambda name: stops[name])
     folders = [tmp_path / "run" / name / "checkpoints" for name in PAIR]
-    assert [[c.step for c in checkpoint.found(folder)] for folder in folders] == [[15, 18], [15, 18]]
+    assert [[c.step for c in checkpoint.found(folder)] for folder in folders] == [[6, 9], [6, 9]]
     if lost:
-        (folders[1] / "step-18" / "complete").unlink()
+        (folders[1] / "step-9" / "complete").unlink()
     resumed = train_together(file)
     for expected, found in zip(whole, resumed, strict=True):
         assert_equal_runs(expected.path, found.path)
@@ -255,14 +256,15 @@ def test_resuming_equals_never_having_stopped(lost: bool, file_of: Any, tmp_path
 
 def test_dictionaries_far_apart_do_not_go_on_together(file_of: Any, tmp_path: Path) -> None:
     file = file_of(PAIR)
-    stops: list[Sink] = [StopsAt(20)]
+    stops: list[Sink] = [StopsAt(10)]
     with pytest.raises(RuntimeError, match="stopped"):
         train_together(several.load(file)[:1], sinks=lambda name: stops)
-    with pytest.raises(RunConflict, match=r"(?s)not at one place.*small  step 18.*large  step 0"):
+    with pytest.raises(RunConflict, match=r"(?s)not at one place.*small  step 9.*large  step 0"):
         train_together(file)
     assert not (tmp_path / "run" / "large").exists()
 
 
+@pytest.mark.slow
 def test_a_dictionary_that_comes_later_sees_the_same_batches(file_of: Any, tmp_path: Path) -> None:
     both = train_together(several.load(file_of(PAIR), [f"out={tmp_path / 'both'}"]))
     train_together(file_of({"small": PAIR["small"]}))
