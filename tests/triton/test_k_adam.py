@@ -79,6 +79,15 @@ def test_equals_the_fused_optimiser_of_torch() -> None:
     torch.testing.assert_close(own.param, theirs.detach(), rtol=1e-6, atol=1e-7)
 
 
+def test_the_copy_rounds_ties_to_even() -> None:
+    halves = torch.tensor([[1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 0.0, 1 + 2**-8 + 2**-20]])
+    own, copy = State.of(halves), torch.empty(1, 5, dtype=torch.bfloat16)
+    step = torch.zeros((), dtype=torch.int64)
+    packed = scalars(step, norm=torch.zeros(()), max_norm=1.0, learning_rate=0.1)
+    own.update(torch.zeros(1, 5), packed, copy=copy)
+    assert copy.tolist() == [[1.0, 1 + 2**-6, -1.0, 0.0, 1 + 2**-7]]
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_norm_that_is_not_finite_changes_nothing(bad: float) -> None:
     own, step = State.of(torch.ones(3, 8)), torch.zeros((), dtype=torch.int64)

@@ -32,11 +32,13 @@ pattern.__dict__["rows_by_latent"] = torch.tensor([FAR - 1, 0])
 assert operations.sum_by_latent(pattern, 2 * one, table).tolist() == [[2.0 * i for i in range(24)], [0.0] * 24]
 """,
     "scores": """
-pre = torch.as_strided(table, (2, 40), (FAR * WIDTH - 40, 1))
-pre[0], pre[1], pre[1, 7] = 0.0, 0.0, 5.0
+pre = torch.as_strided(table, (4, 40), (FAR * WIDTH // 3 - 40, 1))      # a row starts before 2**31, the last one after
+pre[:], pre[3, 7] = 0.0, 5.0
 into = compaction.Compaction.empty(pre, 9)
-assert compaction.compact(pre, torch.ones(40), into=into).row_pointers.tolist() == [0, 0, 1]
+assert compaction.compact(pre, torch.ones(40), into=into).row_pointers.tolist() == [0, 0, 0, 0, 1]
 assert into.latents.tolist()[:1] == [7]
+levels, run = torch.ones(1), torch.ones(1, dtype=torch.int32)
+assert compaction.count_levels(pre, torch.ones(40), levels=levels, run=run).tolist() == [1]
 """,
 }
 

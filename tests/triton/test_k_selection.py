@@ -105,7 +105,7 @@ def test_nothing_runs_under_a_flag_of_zero() -> None:
     assert compaction.count_levels(pre, torch.ones(4), levels=levels, run=idle + 1).tolist() == [11, 3]
 
 
-@pytest.mark.parametrize("cut", [1.2, 1.9, 2.0, 2.3, -0.1, 0.0, 30.0])
+@pytest.mark.parametrize("cut", [1.2, 1.5, 1.59, 1.6, 1.7, 2.3, -0.1, 0.0, 30.0])
 def test_batch_top_k_does_not_depend_on_the_cut(cut: float) -> None:
     parts = [group()]
     found = selection.batch_top_k(parts, k_total=60, cut=torch.tensor(cut))
@@ -161,12 +161,21 @@ def test_the_score_of_a_latent_that_is_gated_off_is_never_positive() -> None:
     assert dense(found.groups[0], 1).tolist() == [[0, 2, 1]]
 
 
+def test_latents_that_are_gated_off_take_no_room() -> None:
+    """A cut below zero, which few positive scores lead to, must not make candidates of them: there are 1,100."""
+    part = group(shift=-2.0)
+    part.gate[:100] = 0
+    found = selection.batch_top_k([part], k_total=40, cut=torch.tensor(-0.01))
+    assert found.threshold == 0
+    assert_selects(found, [part], batch_masks([part], 40))
+
+
 def test_selection_is_broken_only_when_both_rounds_fail() -> None:
     """No fp32 decision is possible on proposals that have nothing to do with the scores; and they are told apart."""
     part = group()
     noise = torch.randn(part.pre.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     lying = GroupScores(noise, part.gate, part.x, part.encoder, part.bias)
-    assert selection.batch_top_k([lying], k_total=60, cut=torch.tensor(1.9)).broken
+    assert selection.batch_top_k([lying], k_total=60, cut=torch.tensor(1.5)).broken
     assert selection.top_k([lying], k=3).broken
 
 

@@ -70,15 +70,17 @@ def _fill(pre, cut, run, starts, latents, num_latents, stride, capacity):
 def _count_levels(pre, gate, levels, run, counts, num_latents, stride, num_levels):
     program = tl.program_id(0)
     if tl.load(run) != 0:
-        blocks = tl.cdiv(num_latents, LEVEL_BLOCK)
-        base = pre + (program // blocks).to(tl.int64) * stride
-        columns = (program % blocks) * LEVEL_BLOCK + tl.arange(0, LEVEL_BLOCK)
-        inside = columns < num_latents
-        p = tl.load(base + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        g = tl.load(gate + columns, mask=inside, other=1.0)
-        for level in range(0, num_levels):
-            above = (p * g > tl.load(levels + level)).to(tl.int32)
-            tl.atomic_add(counts + level, tl.sum(above).to(tl.int64))
+        spans = tl.cdiv(num_latents, SPAN)
+        base = pre + (program // spans).to(tl.int64) * stride
+        first = (program % spans) * SPAN
+        for start in range(first, tl.minimum(first + SPAN, num_latents), LEVEL_BLOCK):
+            columns = start + tl.arange(0, LEVEL_BLOCK)
+            inside = columns < num_latents
+            p = tl.load(base + columns, mask=inside, other=float("-inf")).to(tl.float32)
+            scores = p * tl.load(gate + columns, mask=inside, other=1.0)
+            for level in range(0, num_levels):
+                above = (scores > tl.load(levels + level)).to(tl.int32)
+                tl.atomic_add(counts + level, tl.sum(above).to(tl.int64))
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,6 @@ def count_levels(
 ) -> Int[Tensor, "levels"]:
     """How many entries of `pre · gate` exceed each level; zeros, at once, where `run` is zero."""
     counts = torch.zeros(levels.shape[0], dtype=torch.int64, device=pre.device)
-    grid, num_latents, stride = (pre.shape[0] * blocks(pre.shape[1], LEVEL_BLOCK),), pre.shape[1], pre.stride(0)
+    grid, num_latents, stride = (pre.shape[0] * blocks(pre.shape[1], SPAN),), pre.shape[1], pre.stride(0)
     launch(_count_levels, grid, pre, gate, levels, run, counts, num_latents, stride, len(levels), warps=NUM_WARPS)
     return counts
