@@ -47,6 +47,7 @@ class DenseModel:
         self.parameters = {name: nn.Parameter(start.tensors[name].to(dtype, copy=True)) for name in NAMES}
         self.encoder, self.encoder_bias, self.decoder, self.bias = self.parameters.values()
         self.normalised = start.normaliser(dtype)
+        self.dead_after = DEAD_AFTER_ROWS
         self.rows_since_fired = torch.zeros(start.size.num_latents, dtype=torch.int64)
         self.rows_since_fired[start.dead] = LONG_AGO
         self.step_number = 0
@@ -70,7 +71,7 @@ class DenseModel:
 
     def auxiliary(self, x: Tensor, error: Tensor) -> Tensor:
         """`α ‖e − ê‖²` of the dead latents whose turn it is, on every fourth row."""
-        dead = (self.rows_since_fired >= DEAD_AFTER_ROWS).nonzero().squeeze(1)
+        dead = (self.rows_since_fired >= self.dead_after).nonzero().squeeze(1)
         if not len(dead):
             return error.new_zeros(())
         if len(dead) > AUX_CANDIDATES:

@@ -338,3 +338,18 @@ def test_the_rounded_encoder_follows_every_kind_of_update() -> None:
             weights.encoder.mul_(2)
             assert torch.equal(weights.rounded_encoder, weights.encoder.bfloat16())
             assert weights.rounded_encoder.data_ptr() == place
+
+
+@pytest.mark.parametrize("levels", [1, 2, 5, 40])
+@pytest.mark.parametrize("guess", [0.0, 0.3, 0.999, 1.0, 7.0])
+def test_many_equal_scores_do_not_lead_the_selection_astray(levels: int, guess: float) -> None:
+    """A cut between two levels gives none or far too many: then all of a level are candidates, and the first win."""
+    g = torch.Generator().manual_seed(levels)
+    pre = torch.randint(1, levels + 1, (64, 2048), generator=g).float() / levels
+    proposed = Encoding(pre, torch.eye(2048), torch.zeros(2048), torch.ones(2048), torch.eye(2048).bfloat16())
+    order = pre.flatten().sort(descending=True, stable=True).indices[: 3 * 64]
+    mask = torch.zeros(pre.numel(), dtype=torch.bool)
+    mask[order] = True
+    for group in (scores_as(pre), proposed):
+        found = selection.batch_top_k([group], 3, Cut(score=guess))
+        assert torch.equal(dense(found) > 0, mask.view_as(pre))

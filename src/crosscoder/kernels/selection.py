@@ -13,7 +13,7 @@ how long it takes, and no more of the values than their last bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,27 +85,34 @@ class _Bracket:
 
     def __init__(self, low: float) -> None:
         self.low = low
-        self._too_many, self._too_few, self._tries = 0.0, torch.inf, 0
+        self.too_many = 0.0
+        self.widened = False
+        self._too_few, self._first_too_few, self._sampled = torch.inf, 0.0, False
 
-    def raise_above(self, low: float, *, at_least: float) -> None:
+    def widen_to(self, low: float) -> None:
+        """The last cut gave enough candidates, but lies too close to the threshold."""
+        self.low, self.widened = max(low, self.too_many), True
+
+    def raise_above(self, low: float, *, sampled: Callable[[], float]) -> None:
         """`low` gave too many."""
-        self._too_many = max(low, self._too_many)
-        self._next(at_least, otherwise=2 * low + at_least)
+        self.too_many = max(low, self.too_many)
+        self._next(sampled, otherwise=2 * low)
 
-    def lower_below(self, low: float, *, at_most: float) -> None:
+    def lower_below(self, low: float, *, sampled: Callable[[], float]) -> None:
         """`low` gave too few."""
+        self._first_too_few = self._first_too_few or low
         self._too_few = min(low, self._too_few)
-        self._next(at_most, otherwise=low / 2)
+        self._next(sampled, otherwise=low / 2)
 
-    def _next(self, sampled: float, *, otherwise: float) -> None:
-        """What a sample says, if it is news; then the middle; and in the end all that is positive."""
-        self._tries += 1
-        if self._tries == 1 and self._too_many < sampled < self._too_few:
-            self.low = sampled
-        elif self._tries >= MOST_TRIES or (self._too_many == 0 and self._tries > MOST_TRIES // 3):
+    def _next(self, sampled: Callable[[], float], *, otherwise: float) -> None:
+        """What a sample says, if that is news; then the middle, or all that is positive."""
+        low, self._sampled = (torch.nan if self._sampled else sampled()), True
+        if self.too_many < low < self._too_few:
+            self.low = low
+        elif self.too_many == 0 and self._too_few < 0.1 * self._first_too_few:
             self.low = 0.0
         else:
-            self.low = otherwise if self._too_few == torch.inf else (self._too_many + self._too_few) / 2
+            self.low = otherwise if self._too_few == torch.inf else (self.too_many + self._too_few) / 2
 
 
 def batch_top_k(encodings: Sequence[Encoding], k: int, cut: Cut) -> list[SparseCode]:
@@ -168,20 +175,31 @@ def share_above(encodings: Sequence[Encoding], thresholds: Sequence[Tensor]) -> 
 def _enough(encodings: Sequence[Encoding], count: int, k: int, cut: Cut) -> tuple[_Found, float]:
     """Candidates among which the `count` largest positive scores surely are, and the lowest of those."""
     bracket = _Bracket(cut.guess if cut.guess > 0 else _sampled_cut(encodings, OVERSHOOT * k))
-    for attempt in range(MOST_TRIES + 1):
+    for _ in range(MOST_TRIES):
         low = bracket.low
-        limit = ROOM * count if attempt < MOST_TRIES else NO_LIMIT
-        found = _above(encodings if low > 0 else _in_full(encodings), low, at_most=limit)
+        if low <= 0:
+            break
+        found = _above(encodings, low, at_most=ROOM * count)
         lowest = _kth(found, count)
         if found is None:
-            bracket.raise_above(low, at_least=_sampled_cut(encodings, k))
-        elif lowest > max(found.reach, 0.0) or low <= 0:
-            return found, max(0.0, lowest)
+            bracket.raise_above(low, sampled=lambda: _sampled_cut(encodings, k))
+        elif lowest > found.reach:
+            return found, lowest
+        elif lowest > 0 and not bracket.widened:
+            bracket.widen_to(lowest - 4 * found.deviation)
         elif lowest > 0:
-            bracket.low = max(0.0, lowest - 4 * found.deviation)
+            return _in_full_above(encodings, low, count)
         else:
-            bracket.lower_below(low, at_most=_sampled_cut(encodings, OVERSHOOT * k))
-    raise AssertionError("the last try has no limit and starts from zero")
+            bracket.lower_below(low, sampled=lambda: _sampled_cut(encodings, OVERSHOOT * k))
+    return _in_full_above(encodings, bracket.too_many, count)
+
+
+def _in_full_above(encodings: Sequence[Encoding], low: float, count: int) -> tuple[_Found, float]:
+    """The same from a product in full precision, with as many candidates as it takes; `low` must give enough."""
+    found = _above(_in_full(encodings), low, at_most=NO_LIMIT)
+    assert found is not None, "there is no limit"
+    lowest = _kth(found, count)
+    return (found, lowest) if lowest > 0 or low == 0 else _in_full_above(encodings, 0.0, count)
 
 
 def _kth(found: _Found | None, count: int) -> float:
