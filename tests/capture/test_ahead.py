@@ -299,6 +299,12 @@ def test_fills_are_cut_alike_whatever_a_forward_takes(corpus: Corpus) -> None:
     assert sum(len(stretch.batches) for stretch in small) > sum(len(stretch.batches) for stretch in large)
 
 
+def test_forward_passes_on_the_cpu_are_small(studied: StudiedModel) -> None:
+    sources = SourceSet([studied.source("embed")])
+    sizes = [Harvest({"base": studied}, sources, size, torch.float32).forward_tokens for size in (64, 4096)]
+    assert sizes == [64, 2048]
+
+
 def test_causal_models_are_told_from_others(studied: StudiedModel) -> None:
     assert studied.is_causal
     assert not StudiedModel("bert", build("bert").float(), build_toy_tokenizer()).is_causal

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from capture.texts import dialogue
 from crosscoder.activations import ROLES
-from crosscoder.capture import Document, render
+from crosscoder.capture import Document, Message, chat, render
 from crosscoder.capture.contexts import Encoder
 from crosscoder.errors import TextError
 
@@ -69,6 +69,36 @@ def test_spans_hold_the_contents(turns: list[str]) -> None:
 
     tokenizer = _cached(build_toy_tokenizer)
     assert [content for _, content in spoken(dialogue(*turns), tokenizer)] == turns
+
+
+@pytest.mark.parametrize("template", [TRIMS, SYSTEM_IN_USER, None])
+@settings(max_examples=30, deadline=None)
+@given(turns=st.lists(st.text("a []/INST\ns0", max_size=6), min_size=1, max_size=12))
+def test_all_turns_at_once_are_where_one_by_one_finds_them(template: str | None, turns: list[str]) -> None:
+    from conftest import build_toy_tokenizer
+
+    tokenizer = _cached(build_toy_tokenizer)
+    tokenizer = tokenizer if template is None else with_template(tokenizer, template)
+    document = Document.of(dialogue(*turns), dataset="d")
+    messages, text = document.content, render(document, tokenizer).text
+    at_once = chat._spans_at_once(document, messages, tokenizer, text)
+    one_by_one = tuple(chat._span(document, messages, turn, tokenizer, text) for turn in range(len(messages)))
+    assert at_once in (one_by_one, None) and render(document, tokenizer).spans == one_by_one
+
+
+def test_a_long_dialogue_takes_few_renderings(
+    toy_tokenizer: hf.PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered: list[int] = []
+    apply = chat._apply
+
+    def counted(document: Document, messages: tuple[Message, ...], tokenizer: hf.PreTrainedTokenizerFast) -> str:
+        rendered.append(len(messages))
+        return apply(document, messages, tokenizer)
+
+    monkeypatch.setattr(chat, "_apply", counted)
+    assert len(spoken(dialogue(*map(str, range(9))), toy_tokenizer)) == 9
+    assert sorted(rendered) == [2, 4, 6, 8, 9, 9], "finished exchanges, the whole, and the whole with markers"
 
 
 _tokenizers: list[hf.PreTrainedTokenizerFast] = []

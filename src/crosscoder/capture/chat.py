@@ -4,12 +4,14 @@ Masks that chat templates give for this are unreliable, so roles come from rende
 text of messages m. A turn's content is located by rendering the dialogue once more with a marker in its place: if
 `R(m with marker) = A + marker + B`, then `R(m) = A + content + B`, which is verified. And for every finished exchange
 `R(m)` must start with `R(m[:i])`: a template that rewrites earlier turns would show a model other text than it was
-trained on, and is refused. Characters that no content claims are the template's.
+trained on, and is refused. Characters that no content claims are the template's. Markers for all turns at once save
+renderings, and are believed where their parts and the contents, put together, are R(m).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -45,8 +47,11 @@ def render(document: Document, tokenizer: Tokenizer) -> Rendered:
         return Rendered("", ())
     text = _apply(document, document.content, tokenizer)
     _check_prefixes(document, document.content, tokenizer, text)
-    spans = [_span(document, document.content, turn, tokenizer, text) for turn in range(len(document.content))]
-    return Rendered(text, tuple(spans))
+    spans = _spans_at_once(document, document.content, tokenizer, text)
+    if spans is None:
+        turns = range(len(document.content))
+        spans = tuple(_span(document, document.content, turn, tokenizer, text) for turn in turns)
+    return Rendered(text, spans)
 
 
 def _apply(document: Document, messages: tuple[Message, ...], tokenizer: Tokenizer) -> str:
@@ -69,6 +74,25 @@ def _check_prefixes(document: Document, messages: tuple[Message, ...], tokenizer
         finished = messages[turns - 1].role == "assistant"
         if finished and not text.startswith(_apply(document, messages[:turns], tokenizer)):
             raise _refusal(document, f"the chat template rewrites the first {turns} turns when more follow")
+
+
+def _spans_at_once(
+    document: Document, messages: tuple[Message, ...], tokenizer: Tokenizer, text: str
+) -> tuple[tuple[int, int, str], ...] | None:
+    """All spans from one rendering; None where contents are not simply put, as they are or trimmed, between its parts."""
+    markers = [f"{_MARKER}{turn}{_MARKER}" for turn in range(len(messages))]
+    marked = tuple(replace(message, content=marker) for message, marker in zip(messages, markers, strict=True))
+    rest = _apply(document, marked, tokenizer)
+    parts: list[str] = []
+    for marker in markers:
+        part, _, rest = rest.partition(marker)
+        parts.append(part)
+    for contents in ([m.content for m in messages], [m.content.strip() for m in messages]):
+        if text == "".join(chain.from_iterable(zip(parts, contents, strict=True))) + rest:
+            ends = list(accumulate(len(part) + len(content) for part, content in zip(parts, contents, strict=True)))
+            pairs = zip(messages, contents, ends, strict=True)
+            return tuple((end - len(content), end, message.speaker) for message, content, end in pairs)
+    return None
 
 
 def _span(
