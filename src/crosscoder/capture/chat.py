@@ -79,7 +79,7 @@ def _check_prefixes(document: Document, messages: tuple[Message, ...], tokenizer
 def _spans_at_once(
     document: Document, messages: tuple[Message, ...], tokenizer: Tokenizer, text: str
 ) -> tuple[tuple[int, int, str], ...] | None:
-    """All spans from one rendering; None where contents are not simply put, as they are or trimmed, between its parts."""
+    """All spans from one rendering; None where contents, as they are or trimmed, do not fill its gaps exactly."""
     markers = [f"{_MARKER}{turn}{_MARKER}" for turn in range(len(messages))]
     marked = tuple(replace(message, content=marker) for message, marker in zip(messages, markers, strict=True))
     rest = _apply(document, marked, tokenizer)
