@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from crosscoder.codes import pointers
+from crosscoder.kernels.operations import DecodeError
 from crosscoder.kernels.triton import operations
 from crosscoder.kernels.triton.patterns import PaddedPattern
 
@@ -125,7 +126,7 @@ def outcomes(one: Case) -> Iterator[Outcome]:
     pairs = (left[one.rows] * right[one.latents]).sum(1)
     yield _outcome("pair_products", one, lambda p: operations.pair_products(p, one.left, one.right), pairs)
 
-    def decoded(pattern: PaddedPattern) -> operations.DecodeError:
+    def decoded(pattern: PaddedPattern) -> DecodeError:
         return operations.decode_error(pattern, one.weights, one.right, target=target)
 
     yield _outcome("decode_error: error", one, lambda p: decoded(p).error, left - y)

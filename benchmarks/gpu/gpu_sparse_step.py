@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from crosscoder.kernels.operations import DecodeError
 from crosscoder.kernels.triton.adam import adam, scalars
 from crosscoder.kernels.triton.candidates import GroupScores
-from crosscoder.kernels.triton.operations import DecodeError, decode_error, sum_by_latent
+from crosscoder.kernels.triton.operations import decode_error, sum_by_latent
 from crosscoder.kernels.triton.selection import Selection, batch_top_k, estimated_cut
 
 NAMES = ("encoder", "encoder_bias", "decoder", "bias")

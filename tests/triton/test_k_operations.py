@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from crosscoder.codes import Pattern, SparseCode
+from crosscoder.kernels.operations import Operations
 from crosscoder.kernels.triton import operations, row_products, segment_sums
-from crosscoder.kernels.triton.patterns import PaddedPattern
 
 edges = import_module("gpu_edges")
 
@@ -82,4 +82,19 @@ def test_patterns_without_padding_give_the_same(name: str) -> None:
     plain = Pattern(case.pattern.row_pointers, case.latents, case.pattern.num_latents)
     got = operations.sum_by_latent(plain, case.weights[:n], case.left)
     assert torch.equal(got, operations.sum_by_latent(case.pattern, case.weights, case.left))
-    assert torch.equal(PaddedPattern.of(plain).row_ids, case.rows)
+
+
+def test_sums_are_written_where_they_are_wanted() -> None:
+    backend: Operations = operations
+    case = edges.case("usual", 32, torch.float32)
+    out = torch.full((37, 32), torch.nan)
+    assert backend.sum_by_latent(case.pattern, case.weights, case.left, out=out) is out
+    assert torch.equal(out, operations.sum_by_latent(case.pattern, case.weights, case.left))
+
+
+def test_other_types_are_refused() -> None:
+    case = edges.case("usual", 32, torch.float32)
+    with pytest.raises(AssertionError, match="fp32 or bf16"):
+        operations.sum_by_row(case.pattern, case.weights, case.right.double())
+    with pytest.raises(AssertionError, match="whole rows of fp32"):
+        operations.sum_by_latent(case.pattern, case.weights, case.left, out=torch.empty(32, 37).T)

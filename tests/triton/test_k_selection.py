@@ -238,4 +238,3 @@ def test_padded_patterns_sort_their_padding_away() -> None:
     assert pattern.row_ids.tolist() == [0, 0, 2, 2, 2]
     assert pattern.by_latent.tolist()[:3] == [0, 2, 1]
     assert pattern.latent_pointers.tolist() == [0, 0, 2, 2, 3]
-    assert PaddedPattern.of(pattern) is pattern

@@ -15,6 +15,12 @@ def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *others: object, w
             kernel[grid](first, *others, num_warps=warps, enable_fp_fusion=True)
 
 
+def assert_tables(*tables: Tensor) -> None:
+    """What kernels read is fp32 or bf16; another type would be summed in fp32 without a word."""
+    found = [table.dtype for table in tables]
+    assert set(found) <= {torch.float32, torch.bfloat16}, f"expected tables of fp32 or bf16; got {found}"
+
+
 def blocks(size: int, block: Any) -> int:
     """How many blocks of that many elements (a Triton constant) cover `size`."""
     return -(-size // block.value)

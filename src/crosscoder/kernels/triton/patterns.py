@@ -51,13 +51,6 @@ class PaddedPattern(Pattern):
         """The row of every pair, in the order of `by_latent`."""
         return self.row_ids[self.by_latent]
 
-    @classmethod
-    def of(cls, pattern: Pattern) -> PaddedPattern:
-        """The same pairs as a padded pattern; a padded one is itself, with what it has computed."""
-        if isinstance(pattern, PaddedPattern):
-            return pattern
-        return cls(pattern.row_pointers, pattern.latents, pattern.num_latents)
-
 
 @dataclass(frozen=True)
 class Selected:

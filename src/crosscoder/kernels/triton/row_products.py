@@ -12,7 +12,6 @@ is summed afterwards: nothing that a program wrote is read by that program, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import no_type_check
 
 import torch
@@ -23,7 +22,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from crosscoder.codes import Pattern
-from crosscoder.kernels.triton.launching import blocks, launch
+from crosscoder.kernels.operations import DecodeError
+from crosscoder.kernels.triton.launching import assert_tables, blocks, launch
 from crosscoder.kernels.triton.patterns import PaddedPattern
 
 TILE = tl.constexpr(128)
@@ -98,14 +98,6 @@ def _pair_products(row_ids, latents, limit, left, right, out, width):
         tl.store(out + p, tl.sum(sums, axis=1), mask=there)
 
 
-@dataclass(frozen=True)
-class DecodeError:
-    """What decoding leaves over, and its product with the decoder row of every pair (zero for padding)."""
-
-    error: Float[Tensor, "rows width"]
-    products: Float[Tensor, "active"]
-
-
 def decode_error(
     pattern: Pattern,
     values: Float[Tensor, "active"],
@@ -118,6 +110,7 @@ def decode_error(
     A width that is no multiple of 16 costs a padded copy of both tables: without aligned loads the tile does not fit
     into registers.
     """
+    assert_tables(values, decoder, target)
     if decoder.shape[1] % ALIGNED:
         more = (0, -decoder.shape[1] % ALIGNED)
         padded = decode_error(pattern, values, pad(decoder, more), target=pad(target, more))
@@ -129,8 +122,9 @@ def decode_error(
     grid = (rows, stretches)
     launch(_decode_error, grid, pattern.row_pointers, *pairs, *tables, out, width, capacity, warps=TILE_WARPS)
     products = out[rows * width :].view(stretches, capacity).sum(0)
-    valid = PaddedPattern.of(pattern).valid
-    return DecodeError(out[: rows * width].view(rows, width), torch.where(valid, products, 0.0))
+    if isinstance(pattern, PaddedPattern):
+        products = torch.where(pattern.valid, products, 0.0)
+    return DecodeError(out[: rows * width].view(rows, width), products)
 
 
 def pair_products(
@@ -138,13 +132,14 @@ def pair_products(
 ) -> Float[Tensor, "active"]:
     """`left[row_p] · right[latent_p]` for every pair, in fp32; zero for padding."""
     out = torch.zeros(pattern.latents.shape[0], device=left.device)
-    return multiply_pairs(PaddedPattern.of(pattern), left, right, into=out, limit=pattern.row_pointers[-1:])
+    return multiply_pairs(pattern, left, right, into=out, limit=pattern.row_pointers[-1:])
 
 
 def multiply_pairs(
-    pattern: PaddedPattern, left: Tensor, right: Tensor, *, into: Tensor, limit: Tensor
+    pattern: Pattern, left: Tensor, right: Tensor, *, into: Tensor, limit: Tensor
 ) -> Float[Tensor, "active"]:
     """The products of the first `limit` pairs (one element on the device), written into `into`; the others stay."""
+    assert_tables(left, right)
     left, right, width = left.contiguous(), right.contiguous(), left.shape[1]
     grid, pairs = (blocks(into.shape[0], PAIRS),), (pattern.row_ids, pattern.latents)
     launch(_pair_products, grid, *pairs, limit, left, right, into, width, warps=NUM_WARPS)

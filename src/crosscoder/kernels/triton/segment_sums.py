@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosscoder.codes import Pattern
-from crosscoder.kernels.triton.launching import blocks, launch
-from crosscoder.kernels.triton.patterns import PaddedPattern, from_zero
+from crosscoder.kernels.triton.launching import assert_tables, blocks, launch
+from crosscoder.kernels.triton.patterns import from_zero
 
 PIECE = tl.constexpr(256)
 PAIRS = tl.constexpr(8)
@@ -92,6 +92,7 @@ def sum_by_row(
     pattern: Pattern, weights: Float[Tensor, "active"], table: Float[Tensor, "latents width"]
 ) -> Float[Tensor, "rows width"]:
     """`Σ_{p in row r} weights_p · table[latent_p]` for every row, in fp32."""
+    assert_tables(weights, table)
     table, width = table.contiguous(), table.shape[1]
     out = torch.empty(pattern.num_rows, width, device=table.device)
     grid, starts = (pattern.num_rows, blocks(width, COLUMNS)), pattern.row_pointers
@@ -101,14 +102,21 @@ def sum_by_row(
 
 
 def sum_by_latent(
-    pattern: Pattern, weights: Float[Tensor, "active"], table: Float[Tensor, "rows width"]
+    pattern: Pattern,
+    weights: Float[Tensor, "active"],
+    table: Float[Tensor, "rows width"],
+    *,
+    out: Float[Tensor, "latents width"] | None = None,
 ) -> Float[Tensor, "latents width"]:
-    """`Σ_{p on latent i} weights_p · table[row_p]` for every latent, in fp32; zero for a latent without pairs."""
-    pattern = PaddedPattern.of(pattern)
+    """`Σ_{p on latent i} weights_p · table[row_p]` for every latent, in fp32; written into `out` where one is given.
+
+    Zero for a latent without pairs. `out` is fp32 and contiguous.
+    """
+    assert_tables(weights, table)
     table, width = table.contiguous(), table.shape[1]
-    sorted_weights = weights[pattern.by_latent]
-    out = torch.empty(pattern.num_latents, width, device=table.device)
-    lists = (pattern.rows_by_latent, sorted_weights, table)
+    out = torch.empty(pattern.num_latents, width, device=table.device) if out is None else out
+    assert out.dtype == torch.float32 and out.is_contiguous(), "the kernel writes whole rows of fp32"
+    lists = (pattern.rows_by_latent, weights[pattern.by_latent], table)
     found = _pieces(pattern.latent_pointers, capacity=weights.shape[0])
     stretches = blocks(width, COLUMNS)
     parts = torch.empty(found.begins.shape[0], width, device=table.device)
