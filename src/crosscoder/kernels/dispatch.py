@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 Precision = Literal["auto", "float32", "mixed"]
 DENSE_SHARE = 1 / 16
-SMALL_PRODUCT = 2**28
+SMALL_PRODUCT = 2**26
 """Multiplications below which a bf16 product is not worth its copies."""
 
 
