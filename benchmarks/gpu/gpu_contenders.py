@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -67,8 +68,18 @@ class DenseStep:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """The bf16 product, written as fp32."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
+    """The bf16 product, written as fp32: at once, where this torch can do that."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and _writes_fp32() else (a @ b).float()
+
+
+@cache
+def _writes_fp32() -> bool:
+    small = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
+    try:
+        torch.mm(small, small, out_dtype=torch.float32)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 class _TextbookEncode(torch.autograd.Function):

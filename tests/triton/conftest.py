@@ -14,6 +14,5 @@ from pathlib import Path
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = ["test_compilation.py"] if INTERPRETED else ["test_k_*.py"]
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu")
-)  # what runs on a GPU is run here too
+if INTERPRETED:  # what runs on a GPU is run here too
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
