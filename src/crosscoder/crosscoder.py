@@ -29,9 +29,10 @@ from crosscoder.errors import NotCalibrated, SourceMismatch
 from crosscoder.groups import Columns, GroupLayout, GroupPart, GroupWeights, assemble, code_norm
 from crosscoder.kernels import dispatch, reference, selection, sparse
 from crosscoder.kernels.candidates import Encoding
-from crosscoder.kernels.dispatch import Precision
+from crosscoder.kernels.cuts import Cut
+from crosscoder.kernels.dispatch import Kernels, Precision
 from crosscoder.kernels.jump_relu import jump_relu
-from crosscoder.kernels.selection import Cut
+from crosscoder.kernels.operations import Backend
 from crosscoder.kernels.sparse import Decoding, Fit
 from crosscoder.kernels.torch_ops import add_by_latent
 from crosscoder.nonlinearities import BatchTopK, Budget, CodeNorm, JumpReLU, Nonlinearity, ReLU, TopK, active_per_row
@@ -113,6 +114,8 @@ class Crosscoder(nn.Module):
         self._eval_cuts = deepcopy(self.cuts)
         self.precision: Precision = "auto"
         """Whether bf16 products may propose the pairs that fp32 decides on; codes are the same either way."""
+        self.kernels: Kernels = "auto"
+        """Which kernels run; codes and gradients are the same either way."""
         self.provenance: dict[str, Any] = {}
         self.folded_normaliser = False
         self.layouts = [GroupLayout(group, wiring) for group in wiring]
@@ -183,6 +186,11 @@ class Crosscoder(nn.Module):
             )
         return thresholds
 
+    @property
+    def backend(self) -> Backend:
+        """The kernels that run where the weights are."""
+        return dispatch.backend(self.bias, self.kernels)
+
     def forward(self, x: Float[Tensor, "rows reads"]) -> Float[Tensor, "rows writes"]:
         """Raw packed reads to raw packed reconstructions."""
         return self.decode(self.encode(x), x)
@@ -231,7 +239,10 @@ class Crosscoder(nn.Module):
         with torch.no_grad():
             found = self._select(encodings, k)
         groups = list(zip(encodings, found, self.weights, strict=True))
-        codes = [sparse.encode(e.x, e.encoder, e.bias, code=code, spares=w.spares) for e, code, w in groups]
+        ops = self.backend.operations
+        codes = [
+            sparse.encode(e.x, e.encoder, e.bias, code=code, spares=w.spares, operations=ops) for e, code, w in groups
+        ]
         if not thresholded:
             return Activity(reads, codes)
         active = [self._active_pairs(code, weights) for code, weights in zip(codes, self.weights, strict=True)]
@@ -262,17 +273,24 @@ class Crosscoder(nn.Module):
         self.scale.copy_(scale)
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Restore after an update what it may have broken: norms that are tied, and the gate."""
+    def settle(self, squared_norms: Sequence[Float[Tensor, "_ _"]] | None = None) -> None:
+        """Restore after an update what it may have broken: norms that are tied, and the gate.
+
+        `squared_norms` of each group's stored decoder rows, by source, save a look at the decoders.
+        """
         for weights, layout in zip(self.weights, self.layouts, strict=True):
             layout.equalise(weights.decoder)
-        self.refresh_gate()
+        self.refresh_gate(squared_norms)
 
     @torch.no_grad()
-    def refresh_gate(self) -> None:
-        """Set the gate to the code norm of the present decoder."""
-        for weights, layout in zip(self.weights, self.layouts, strict=True):
-            weights.gate.copy_(code_norm(layout.norms(weights.decoder), self.nonlinearity.code_norm))
+    def refresh_gate(self, squared_norms: Sequence[Float[Tensor, "_ _"]] | None = None) -> None:
+        """Set the gate to the code norm of the present decoder; `squared_norms` as in `settle`."""
+        for i, (weights, layout) in enumerate(zip(self.weights, self.layouts, strict=True)):
+            if squared_norms is None or layout.group.tied == "norm":
+                norms = layout.norms(weights.decoder)
+            else:
+                norms = squared_norms[i].sqrt().expand(-1, len(layout.widths))
+            weights.gate.copy_(code_norm(norms, self.nonlinearity.code_norm))
 
     def spend_gradients(self) -> None:
         """Forget all gradients, as `zero_grad` does, and keep the memory of the large ones for the next."""
@@ -379,8 +397,9 @@ class Crosscoder(nn.Module):
     def _select(self, encodings: Sequence[Encoding], k: int | None) -> list[SparseCode]:
         cuts = self.cuts if self.training else self._eval_cuts
         if not isinstance(self.nonlinearity, TopK) and not (self.training and self.budgets):
-            return selection.above_threshold(encodings, self._support(), cuts[0])
-        pick = selection.top_k if isinstance(self.nonlinearity, TopK) else selection.batch_top_k
+            return self.backend.selections.above_threshold(encodings, self._support(), cuts[0])
+        selections = self.backend.selections
+        pick = selections.top_k if isinstance(self.nonlinearity, TopK) else selections.batch_top_k
         budgets = self.budgets if k is None else nonlinearities.scaled(self.budgets, k)
         found: dict[int, SparseCode] = {}
         for budget, cut in zip(budgets, cuts, strict=True):
@@ -395,7 +414,8 @@ class Crosscoder(nn.Module):
 
     def _decodings(self, codes: Sequence[SparseCode]) -> list[Decoding]:
         groups = zip(codes, self.weights, self.layouts, strict=True)
-        return [Decoding(code, weights.decoder, layout, weights.spares) for code, weights, layout in groups]
+        ops = self.backend.operations
+        return [Decoding(code, weights.decoder, layout, weights.spares, ops) for code, weights, layout in groups]
 
     def _decoded_densely(self, f: Tensor) -> Tensor:
         start = self.bias.expand(f.shape[0], -1).split(list(self.writes.widths), dim=1)

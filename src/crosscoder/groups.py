@@ -40,24 +40,34 @@ class GroupWeights(nn.Module):
         self.register_buffer("gate", torch.ones(num_latents))
         self.register_buffer("threshold", torch.full((), float("nan")))
         self.spares = Spares()
-        self._rounded: Tensor | None = None
+        self.rounded: Tensor | None = None
+        """Memory for `rounded_encoder`, once that was asked for."""
         self._rounded_at: tuple[int, int] | None = None
 
     @property
     def rounded_encoder(self) -> Float[Tensor, "latents reads"]:
         """The encoder in bf16; the same copy until the encoder may have changed.
 
-        Whatever records a graph may be followed by an update, and a fused one does not count as a new version.
+        Whatever records a graph may be followed by an update, and a fused one does not count as a new version; an
+        update that has rounded the encoder itself says so with `note_rounded`.
         """
-        encoder = self.encoder.detach()
         lasting = not (torch.is_grad_enabled() and self.encoder.requires_grad)
-        now = (encoder._version, encoder.data_ptr()) if lasting else None  # pyright: ignore[reportPrivateUsage]
-        if self._rounded is None or self._rounded.device != encoder.device:
-            self._rounded = encoder.to(torch.bfloat16)
-        elif now is None or now != self._rounded_at:
-            self._rounded.copy_(encoder)
-        self._rounded_at = now
-        return self._rounded
+        if self.rounded is None or self.rounded.device != self.encoder.device:
+            self.rounded = self.encoder.detach().to(torch.bfloat16)
+        elif self._rounded_at != self._place:
+            self.rounded.copy_(self.encoder.detach())
+        self._rounded_at = self._place if lasting else None
+        return self.rounded
+
+    def note_rounded(self) -> None:
+        """What is in `rounded`, if anything is, is the encoder as it now is."""
+        self._rounded_at = self._place
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """What changes when the encoder does."""
+        encoder = self.encoder.detach()
+        return encoder._version, encoder.data_ptr()  # pyright: ignore[reportPrivateUsage]
 
     def spend_gradients(self) -> None:
         """Forget the gradients, which an update has used, and keep the memory of the large ones."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from crosscoder.codes import Pattern, SparseCode
 from crosscoder.crosscoder import Crosscoder
-from crosscoder.kernels import candidates, reference, selection, sparse
+from crosscoder.kernels import candidates, reference, selection, sparse, torch_ops
 from crosscoder.kernels.candidates import Encoding
-from crosscoder.kernels.selection import Cut
+from crosscoder.kernels.cuts import Cut
 from crosscoder.kernels.spares import Spares
 from crosscoder.kernels.sparse import Decoding
 from crosscoder.nonlinearities import BatchTopK
@@ -202,7 +202,7 @@ class Everything:
 
 
 def decoding(code: SparseCode, decoder: Tensor) -> Decoding:
-    return Decoding(code, decoder, Everything(), Spares())
+    return Decoding(code, decoder, Everything(), Spares(), torch_ops)
 
 
 CASES = [{"empty_latent": True}, {"empty_latent": False}, {"empty_latent": True, "hot": True}]
@@ -251,7 +251,9 @@ def test_sparse_encode_gradients_equal_the_dense_ones() -> None:
     grad = torch.randn(code.num_active, dtype=torch.float64)
     leaves = [t.clone().requires_grad_() for t in (x, encoder, bias)]
     pre = (x @ encoder.T + bias)[code.row_ids, code.latents]
-    sparse.encode(*leaves, code=SparseCode.of(code.pattern, pre), spares=Spares()).values.backward(grad)
+    sparse.encode(
+        *leaves, code=SparseCode.of(code.pattern, pre), spares=Spares(), operations=torch_ops
+    ).values.backward(grad)
     twins = [t.clone().requires_grad_() for t in (x, encoder, bias)]
     (twins[0] @ twins[1].T + twins[2])[code.row_ids, code.latents].backward(grad)
     for leaf, twin in zip(leaves, twins, strict=True):
@@ -261,7 +263,7 @@ def test_sparse_encode_gradients_equal_the_dense_ones() -> None:
 def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
     code, encoder, x, _ = code_and_tables(1, empty_latent=False)
     x.requires_grad_()
-    found = sparse.encode(x, encoder, torch.zeros(19).double(), code=code, spares=Spares()).values
+    found = sparse.encode(x, encoder, torch.zeros(19).double(), code=code, spares=Spares(), operations=torch_ops).values
     (slope,) = torch.autograd.grad(found.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         slope.sum().backward()
@@ -270,7 +272,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
 def test_spent_gradients_are_written_again_and_never_mixed_up() -> None:
     code, decoder, grad, _ = code_and_tables(2, empty_latent=True)
     weight, spares = nn.Parameter(decoder), Spares()
-    group = Decoding(code, weight, Everything(), spares)
+    group = Decoding(code, weight, Everything(), spares, torch_ops)
     sparse.decode([group], torch.zeros(11).double(), num_rows=37).backward(grad)
     assert weight.grad is not None
     first, place = weight.grad.clone(), weight.grad.data_ptr()

@@ -2,11 +2,11 @@
 
     proposer   a bf16 product proposes and fp32 decides, where the machine multiplies bf16 faster and the product is
                large
-    operations Triton's on a CUDA device, where Triton is installed; torch's everywhere else
+    backend    Triton's for fp32 on a CUDA device, where Triton is installed; torch's everywhere else
     dense      full matrices, where more than one pair in sixteen is active: compressed rows then cost more
 
-Selections and gradients are the same either way (`candidates.py`); `precision` overrides the first: `float32` never
-proposes in bf16, `mixed` always does.
+Selections and gradients are the same either way (`candidates.py`). Settings override the first two: with `precision`
+float32 never proposes in bf16 and mixed always does; `kernels: torch` leaves Triton alone.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from crosscoder.kernels import torch_ops
-from crosscoder.kernels.operations import Operations
+from crosscoder.kernels import selection, torch_ops
+from crosscoder.kernels.operations import Backend
 
 _log = logging.getLogger(__name__)
 
 Precision = Literal["auto", "float32", "mixed"]
+Kernels = Literal["auto", "torch"]
+TORCH = Backend(torch_ops, selection, fused_adam=False)
 DENSE_SHARE = 1 / 16
 SMALL_PRODUCT = 2**26
 """Multiplications below which a bf16 product is not worth its copies."""
@@ -49,22 +51,21 @@ def fast_in_bf16(device_type: str) -> bool:
     return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
 
 
+def backend(like: Tensor, kernels: Kernels) -> Backend:
+    """The kernels for tensors of this kind on this device."""
+    return _backend(like.device.type, like.dtype, kernels)
+
+
 @cache
-def operations(device_type: str) -> Operations:
-    """The sparse primitives for tensors on a device of this type."""
-    if device_type != "cuda":
-        return torch_ops
-    if not has_triton():
+def _backend(device_type: str, dtype: torch.dtype, kernels: Kernels) -> Backend:
+    if device_type != "cuda" or dtype != torch.float32 or kernels == "torch":
+        return TORCH
+    if importlib.util.find_spec("triton") is None:
         _log.warning("Triton is not installed: the sparse kernels run as torch operations, at a fraction of the speed.")
-        return torch_ops
-    from crosscoder.kernels.triton import operations as triton_ops
+        return TORCH
+    from crosscoder.kernels.triton.backend import TRITON
 
-    return triton_ops
-
-
-def has_triton() -> bool:
-    """Whether the kernels for CUDA devices can run."""
-    return importlib.util.find_spec("triton") is not None
+    return TRITON
 
 
 def dense(share: float) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 from crosscoder.codes import SparseCode
 from crosscoder.kernels import candidates
 from crosscoder.kernels.candidates import Candidates, Encoding
+from crosscoder.kernels.cuts import Cut
 
 SAMPLE_ROWS = 128
 OVERSHOOT = 1.3
@@ -31,31 +32,6 @@ MOST_TRIES = 12
 NO_LIMIT = 2**62
 ROOM = 6
 """A cut that gives more candidates than so many times what is kept is of another time."""
-
-
-@dataclass
-class Cut:
-    """Where the last selection of one budget ended, from which the next one starts; what is kept does not depend on
-    it.
-    """
-
-    score: float = 0.0
-    """The last threshold; 0 before the first."""
-    margin: float = 0.05
-    """How far below it the next cut lies, as a share of it; follows how far thresholds move."""
-    slack: float = 0.0
-    """By how much the proposing product may err, in units of scores."""
-
-    @property
-    def guess(self) -> float:
-        """The cut to try first; not positive before the first selection."""
-        return self.score * (1 - self.margin) - self.slack
-
-    def learn(self, score: float, *, deviation: float) -> None:
-        """Take note of the threshold that a selection ended at."""
-        moved = abs(score - self.score) / self.score if self.score else 0.0
-        self.margin = min(0.3, max(0.02, 0.95 * self.margin, 2 * moved))
-        self.score, self.slack = score, 3 * deviation
 
 
 @dataclass(frozen=True)

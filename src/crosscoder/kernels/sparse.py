@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crosscoder.codes import Pattern, SparseCode
-from crosscoder.kernels import dispatch
+from crosscoder.kernels.operations import Operations
 from crosscoder.kernels.spares import Spares
 from crosscoder.kernels.torch_ops import add_by_latent
 
@@ -46,12 +46,13 @@ class Written(Protocol):
 
 @dataclass(frozen=True)
 class Decoding:
-    """One group's side of a decode: its code, its stored decoder, where that goes, and memory for its gradient."""
+    """One group's side of a decode: its code, its stored decoder, where that goes, memory for its gradient, kernels."""
 
     code: SparseCode
     decoder: Float[Tensor, "latents stored"]
     written: Written
     spares: Spares
+    operations: Operations
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,10 @@ def encode(
     *,
     code: SparseCode,
     spares: Spares,
+    operations: Operations,
 ) -> SparseCode:
     """The code with its graph: differentiable in `x`, `encoder` and `bias`."""
-    values = _Encode.apply(x, encoder, bias, code.values, code.pattern, spares)
+    values = _Encode.apply(x, encoder, bias, code, spares, operations)
     return SparseCode.of(code.pattern, values)  # pyright: ignore[reportArgumentType]
 
 
@@ -107,11 +109,11 @@ def _tensors(groups: Sequence[Decoding]) -> list[Tensor]:
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, encoder: Tensor, bias: Tensor, values: Tensor, pattern: Pattern, spares: Spares
+        ctx: Any, x: Tensor, encoder: Tensor, bias: Tensor, code: SparseCode, spares: Spares, ops: Operations
     ) -> Tensor:
         ctx.save_for_backward(x, encoder)
-        ctx.pattern, ctx.spares = pattern, spares
-        return values.clone()
+        ctx.pattern, ctx.spares, ctx.ops = code.pattern, spares, ops
+        return code.values.clone()
 
     @staticmethod
     @once_differentiable
@@ -120,7 +122,8 @@ class _Encode(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, encoder = ctx.saved_tensors
         pattern: Pattern = ctx.pattern
-        grad, ops = grad_outputs[0].contiguous(), dispatch.operations(x.device.type)
+        ops: Operations = ctx.ops
+        grad = grad_outputs[0].contiguous()
         needs_x, needs_encoder, needs_bias, *_ = ctx.needs_input_grad
         grad_x = ops.sum_by_row(pattern, grad, encoder) if needs_x else None
         grad_encoder = None
@@ -135,10 +138,10 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, groups: Sequence[Decoding], num_rows: int, bias: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.groups = groups
-        ops = dispatch.operations(bias.device.type)
         writes = bias.expand(num_rows, -1).clone()
         for group, values, decoder in _by_group(groups, tensors):
-            group.written.add_(writes, ops.sum_by_row(group.code.pattern, values, decoder))
+            part = group.operations.sum_by_row(group.code.pattern, values, decoder)
+            group.written.add_(writes, part)
         return writes
 
     @staticmethod
@@ -180,13 +183,13 @@ def _error(
     groups: Sequence[Decoding], tensors: Sequence[Tensor], target: Tensor
 ) -> tuple[Float[Tensor, "rows writes"], Float[Tensor, "active"] | None]:
     """What the groups leave of the target; and where one group writes all of it, the products with its decoder rows."""
-    ops = dispatch.operations(target.device.type)
     if len(groups) == 1 and groups[0].written.everything:
         values, decoder = tensors
-        found = ops.decode_error(groups[0].code.pattern, values, decoder, target=target)
+        found = groups[0].operations.decode_error(groups[0].code.pattern, values, decoder, target=target)
         return found.error, found.products
     for group, values, decoder in _by_group(groups, tensors):
-        group.written.add_(target, ops.sum_by_row(group.code.pattern, -values, decoder))
+        part = group.operations.sum_by_row(group.code.pattern, -values, decoder)
+        group.written.add_(target, part)
     return target, None
 
 
@@ -205,11 +208,10 @@ def _gradients(
 
     `products` are those of `grad` with the pairs' decoder rows, where they are known.
     """
-    ops = dispatch.operations(grad.device.type)
     needed, tensors = ctx.needs_input_grad[-2 * len(ctx.groups) :], ctx.saved_tensors[: 2 * len(ctx.groups)]
     found: list[Tensor | None] = []
     for (group, values, decoder), needs in zip(_by_group(ctx.groups, tensors), _pairs(needed), strict=True):
-        pattern, own = group.code.pattern, group.written.gather(grad)
+        pattern, own, ops = group.code.pattern, group.written.gather(grad), group.operations
         pairs = ops.pair_products(pattern, own, decoder) if needs[0] and products is None else products
         found.append(None if pairs is None else pairs * factor)
         found.append(None)

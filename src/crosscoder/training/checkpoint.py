@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from crosscoder import files
 from crosscoder.activations import State
 from crosscoder.crosscoder_files import set_tensors, tensors_of
 from crosscoder.errors import FileFormatError, RunConflict
-from crosscoder.kernels.selection import Cut
+from crosscoder.kernels.cuts import Cut
 from crosscoder.training.trainer import Trainer
 
 THING = "checkpoint"
@@ -101,7 +101,7 @@ def _state(trainer: Trainer, stream: State) -> dict[str, Any]:
         "format": f"crosscoder.{THING}/1",
         "step": trainer.step_number,
         "first_error": trainer.first_error,
-        "cuts": [asdict(cut) for cut in trainer.crosscoder.cuts],
+        "cuts": [cut.saved for cut in trainer.crosscoder.cuts],
         "stream": stream,
         "shards": {_SHARD: {"latents": ranges}},
         "train": trainer.config.model_dump(mode="json"),

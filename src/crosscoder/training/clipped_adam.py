@@ -9,11 +9,15 @@ al. 2013.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from crosscoder.crosscoder import Crosscoder
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ClippedAdam:
@@ -24,6 +28,7 @@ class ClippedAdam:
         self._clip = clip
         self._adam = torch.optim.Adam(crosscoder.parameters(), lr=learning_rate, fused=True)
         self._skipped: Tensor = crosscoder.bias.new_zeros(())
+        self._count: Tensor | None = None
 
     @property
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
@@ -39,8 +44,21 @@ class ClippedAdam:
         """The norm of the gradient."""
         return torch.nn.utils.get_total_norm(self._gradients(), foreach=True)
 
-    def update(self, norm: Float[Tensor, ""], *, loss: Float[Tensor, ""], learning_rate: float) -> None:
-        """One step with gradients of that norm, which are spent by it."""
+    def update(
+        self, norm: Float[Tensor, ""], *, loss: Float[Tensor, ""], learning_rate: float
+    ) -> Sequence[Tensor] | None:
+        """One step with gradients of that norm, which are spent by it.
+
+        Where the device has a pass of its own, that gives the squared norms of each group's decoder rows, by source.
+        """
+        if self._crosscoder.backend.fused_adam:
+            squares = self._in_one_pass(torch.where(loss.isfinite(), norm, torch.nan), learning_rate)
+        else:
+            squares = self._by_torch(norm, loss=loss, learning_rate=learning_rate)
+        self._crosscoder.spend_gradients()
+        return squares
+
+    def _by_torch(self, norm: Tensor, *, loss: Tensor, learning_rate: float) -> None:
         divisor = ((norm + 1e-6) / self._clip).clamp(min=1.0)
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
@@ -55,7 +73,48 @@ class ClippedAdam:
             self._skipped = self._skipped + bad
         self._adam.step()
         self._adam.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
-        self._crosscoder.spend_gradients()
+
+    def _in_one_pass(self, norm: Tensor, learning_rate: float) -> Sequence[Tensor]:
+        """Clip, Adam, the rounded encoder and the decoder's norms, in one pass over memory."""
+        from crosscoder.kernels.triton import adam
+
+        state = self._moments()
+        scalars = adam.scalars(self._count, norm=norm, max_norm=self._clip, learning_rate=learning_rate)
+        self._skipped = self._skipped + (~norm.isfinite()).to(self._skipped)
+        squares: list[Tensor] = []
+        for weights, layout in zip(self._crosscoder.weights, self._crosscoder.layouts, strict=True):
+            copies, widths = {"encoder": weights.rounded}, {"decoder": tuple(layout.stored_widths)}
+            for name, parameter in weights.named_parameters():
+                first, second = (state[parameter][key] for key in MOMENTS)
+                found = adam.adam(
+                    parameter.data,
+                    _gradient(parameter),
+                    exp_avg=first,
+                    exp_avg_sq=second,
+                    scalars=scalars,
+                    copy=copies.get(name),
+                    widths=widths.get(name),
+                )
+                squares += [] if found is None else [found]
+            weights.note_rounded()
+        bias = self._crosscoder.bias
+        first, second = (state[bias][key] for key in MOMENTS)
+        adam.adam(bias.data, _gradient(bias), exp_avg=first, exp_avg_sq=second, scalars=scalars)
+        return squares
+
+    def _moments(self) -> dict[Tensor, dict[str, Tensor]]:
+        """torch's state with zeros where it has none yet; counts the updates it has seen when first asked."""
+        for parameter in self._crosscoder.parameters():
+            if "exp_avg" not in self._adam.state[parameter]:
+                zeros = {key: torch.zeros_like(parameter) for key in MOMENTS}
+                self._adam.state[parameter] = {"step": parameter.new_zeros(()), **zeros}
+        if self._count is None:
+            self._count = self._adam.state[self._crosscoder.bias]["step"].to(torch.int64, copy=True)
+        return self._adam.state
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._crosscoder.parameters() if p.grad is not None]
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()

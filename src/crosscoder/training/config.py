@@ -16,7 +16,7 @@ from crosscoder import nonlinearities
 from crosscoder.capture import ModelConfig
 from crosscoder.capture.text import TextConfig
 from crosscoder.errors import ConfigError
-from crosscoder.kernels.dispatch import Precision
+from crosscoder.kernels.dispatch import Kernels, Precision
 from crosscoder.sources import Source, SourceSet, difference, split_key
 from crosscoder.training import runfile
 from crosscoder.training.dictionary_config import (
@@ -122,6 +122,9 @@ class TrainConfig(Settings):
     precision: Precision = Field(
         default="auto",
         description="auto or mixed: bf16 products propose what fp32 decides; float32: fp32 throughout. Same codes.",
+    )
+    kernels: Kernels = Field(
+        default="auto", description="auto: Triton's on a CUDA device; torch: torch operations there too. Same codes."
     )
     k_start: Count | None = Field(
         default=None, description="k at the first step, where k is annealed; null: the final k."

@@ -12,6 +12,7 @@ else here is random: weights and stream decide every step, so a resumed run repe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
@@ -35,6 +36,7 @@ from crosscoder.training.dead import DeadLatents
 from crosscoder.training.dictionary_config import check_penalty
 from crosscoder.training.losses import delta_pair
 
+_log = logging.getLogger(__name__)
 THRESHOLD_MEMORY = 0.9
 AUX_ROWS = 4
 """AuxK uses every fourth row, and at most AUX_CANDIDATES dead latents a step."""
@@ -108,10 +110,11 @@ class Trainer:
         self.aux = self.losses.aux
         self.seed = seed
         self.optimiser = ClippedAdam(crosscoder, learning_rate=config.learning_rate, clip=config.gradient_clip)
-        crosscoder.precision = config.precision
+        crosscoder.precision, crosscoder.kernels = config.precision, config.kernels
         self.step_number = 0
         after = self.aux.dead_after_tokens or min(10_000_000, max(1, config.num_tokens // 20))
         self.dead = DeadLatents(crosscoder.num_latents, after_rows=after).to(crosscoder.bias.device)
+        self._doubtful = 0
         self.first_error: float | None = None
         """The reconstruction error of the first step, which divergence is judged by."""
         self._reads = Columns(crosscoder.sources, crosscoder.reads.keys)
@@ -188,6 +191,10 @@ class Trainer:
             self._diverged(f"the reconstruction error is {error:.4g}", result.gradient_norm)
         if self.optimiser.skipped:
             self._diverged("the loss or its gradient was not finite", result.gradient_norm)
+        doubtful = sum(int(cut.doubtful) for cut in self.crosscoder.cuts if cut.doubtful is not None)
+        if doubtful > self._doubtful:
+            _log.warning("%d selections so far could not be shown to be exact.", doubtful)
+            self._doubtful = doubtful
 
     def _diverged(self, what: str, gradient_norm: Tensor) -> NoReturn:
         first = "" if self.first_error is None else f"{self.first_error:.4g}"
@@ -272,8 +279,7 @@ class Trainer:
         if loss.device.type == "cpu" and not bool(torch.isfinite(loss + norm)):  # before the weights are touched
             self._refuse(x)
             self._diverged(f"the loss is {float(loss):.4g}", norm)
-        self.optimiser.update(norm, loss=loss, learning_rate=self.learning_rate)
-        self.crosscoder.settle()
+        self.crosscoder.settle(self.optimiser.update(norm, loss=loss, learning_rate=self.learning_rate))
         return norm
 
     def _refuse(self, x: Tensor) -> None:

@@ -21,6 +21,7 @@ from crosscoder.kernels.triton.row_products import multiply_pairs
 
 ROUNDING = 2.0**-8
 """The largest relative error of rounding to bf16."""
+NEAR = 0.1
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class Scored:
         """What `|s − s'|` exceeds the rounding of `s'` by; 0 for padding."""
         off = (self.scores - self.approximate).abs() - ROUNDING * self.approximate.abs()
         return torch.where(self.pattern.valid, off.clamp(min=0), 0.0)
+
+    def errors_near(self, cut: Float[Tensor, "*pairs"]) -> Float[Tensor, "pairs"]:
+        """The errors of pairs no more than a tenth above a cut, 0 for others: errors grow with scores."""
+        return torch.where(self.approximate <= cut + NEAR * cut.abs(), self.errors, 0.0)
 
 
 @dataclass(frozen=True)

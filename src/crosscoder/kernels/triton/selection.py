@@ -5,7 +5,7 @@
     TopK        the same in every row, with k
     threshold   every score above its latent's own threshold
 
-With e the largest error of a proposal at the cut c, as the candidates show it (`candidates.py`), no pair that is no
+With e the largest error of a proposal near the cut c, as the candidates show it (`candidates.py`), no pair that is no
 candidate has a score above c + 2e, the factor two being for what was not seen. So the result is exact if T > c + 2e.
 If it is not, a second round runs on the stored proposals with a lower cut: T − 4e when there were enough candidates,
 otherwise the level that a count over 128 levels finds for 1.4 k_total. That round's kernels leave at once when there is
@@ -100,7 +100,7 @@ def top_k(groups: Sequence[GroupScores], *, k: int) -> Selection:
 
 
 def above_threshold(groups: Sequence[GroupScores], *, thresholds: Sequence[Float[Tensor, "_"]]) -> Selection:
-    """Every pair whose score exceeds its latent's threshold (one vector a group, at least 0), as at inference.
+    """Every pair whose score exceeds its latent's threshold (one vector a group), as at inference.
 
     The number of candidates is read by the host, once, to give the patterns their capacity: the only synchronisation.
     """
@@ -113,7 +113,7 @@ def above_threshold(groups: Sequence[GroupScores], *, thresholds: Sequence[Float
         part = _filled(group, cuts[i], Compaction(counted[i].counts, _zeros(capacities[i], group), len(group.gate)))
         of_pair = part.pattern.latents
         kept.append(keep_where(part, part.scores > threshold[of_pair], capacity=capacities[i]))
-        error = part.errors + ROUNDING * cuts[i].abs()[of_pair]
+        error = part.errors_near(cuts[i][of_pair]) + ROUNDING * cuts[i].abs()[of_pair]
         unsure.append((2 * error > (threshold - cuts[i])[of_pair]).any())
     lowest = torch.stack([threshold.amin() for threshold in thresholds]).amin()
     return Selection(tuple(kept), lowest, lowest, torch.stack(unsure).any())
@@ -140,7 +140,7 @@ def _round(
         threshold = scores.topk(k_total, sorted=False).values.amin().clamp(min=0)
     else:
         threshold = scores.new_zeros(())
-    error = torch.stack([part.errors.amax() for part in found]).amax()
+    error = torch.stack([part.errors_near(cut).amax() for part in found]).amax()
     overflow = torch.stack([into.overflow for into in buffers]).any()
     return _Round(found, threshold, error + ROUNDING * cut.abs(), overflow, cut)
 
@@ -196,7 +196,7 @@ def _below(group: GroupScores, threshold: Tensor) -> Tensor:
     power = group.x.square().mean(0)
     products = torch.cat([part.square() @ power for part in group.encoder.split(4096)]).sqrt()
     off = 24 * 2.0**-9 * products + 4 * ROUNDING * group.bias.abs()
-    return threshold - 4 * ROUNDING * threshold - off * group.gate
+    return threshold - 4 * ROUNDING * threshold.abs() - off * group.gate
 
 
 def _counted(group: GroupScores, cut: Tensor) -> Compaction:
