@@ -52,6 +52,12 @@ class Encoding:
         """Scores of a few rows on all latents, in full precision."""
         return torch.addmm(self.bias, self.x[rows], self.encoder.T) * self.gate
 
+    def proposed(self, rows: slice) -> Float[Tensor, "some latents"]:
+        """Pre-activations of some rows on all latents, as the proposer gives them, or in full precision without one."""
+        if self.proposer is None:
+            return torch.addmm(self.bias, self.x[rows], self.encoder.T)
+        return torch.addmm(self.bias.to(torch.bfloat16), self.rounded_x[rows], self.proposer.T)
+
     @cached_property
     def rounded_x(self) -> Tensor:
         """The reads in bf16."""

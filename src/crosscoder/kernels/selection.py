@@ -17,18 +17,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from crosscoder.codes import SparseCode
-from crosscoder.kernels import candidates
-from crosscoder.kernels.candidates import Candidates, Encoding
+from crosscoder.kernels import candidates, torch_ops
+from crosscoder.kernels.candidates import BF16_ROUNDING, BLOCK_ELEMENTS, Candidates, Encoding
 from crosscoder.kernels.cuts import Cut
 
 SAMPLE_ROWS = 128
 OVERSHOOT = 1.3
 """How many times the candidates needed a sampled cut aims at."""
 MOST_TRIES = 12
+NEAR = 0.1
+"""How far above the lowest candidate of a row, as a share of it, errors stand for those below."""
 NO_LIMIT = 2**62
 ROOM = 6
 """A cut that gives more candidates than so many times what is kept is of another time."""
@@ -91,6 +93,16 @@ class _Bracket:
             self.low = otherwise if self._too_few == torch.inf else (self.too_many + self._too_few) / 2
 
 
+@dataclass(frozen=True)
+class _FoundByRow:
+    """Candidates of every row, by latent, and a score that no other pair of the row exceeds."""
+
+    latents: Int[Tensor, "rows count"]
+    values: Float[Tensor, "rows count"]
+    scores: Float[Tensor, "rows count"]
+    reach: Float[Tensor, "rows"]
+
+
 def batch_top_k(encodings: Sequence[Encoding], k: int, cut: Cut) -> list[SparseCode]:
     """The k·rows largest positive scores of all groups together, as one code per group."""
     num_rows = encodings[0].x.shape[0]
@@ -104,25 +116,21 @@ def batch_top_k(encodings: Sequence[Encoding], k: int, cut: Cut) -> list[SparseC
 def top_k(encodings: Sequence[Encoding], k: int, cut: Cut) -> list[SparseCode]:
     """The k largest positive scores of every row among all groups together, as one code per group.
 
-    One cut serves all rows; the few rows whose k-th score does not lie safely above it are done one by one.
+    Candidates are somewhat more than k of every row's largest proposals; rows in which those are too close to call are
+    done from all their scores. `cut` has no use here.
     """
-    num_rows = encodings[0].x.shape[0]
-    k = min(k, sum(e.num_latents for e in encodings))
-    found = _above(encodings, cut.guess, at_most=ROOM * k * num_rows) if cut.guess > 0 else None
-    if found is None:
-        found = _above(encodings, _low_row(encodings, k), at_most=ROOM * k * num_rows)
-    if found is None:
-        return _row_by_row(encodings, torch.arange(num_rows, device=encodings[0].x.device), k)
-    lowest, kept = _largest_of_rows(found, num_rows=num_rows, k=k)
-    safe = lowest > max(found.reach, 0.0)
-    if found.full_precision and found.low <= 0:
-        safe = torch.ones_like(safe)
-    cut.learn(_low_quantile(lowest), deviation=found.deviation)
-    codes = _codes(encodings, found.parts, kept & safe[torch.cat([part.rows for part in found.parts])])
+    num_latents = sum(e.num_latents for e in encodings)
+    k = min(k, num_latents)
+    found = _proposed_by_row(encodings, min(num_latents, k + max(16, k // 4)))
+    lowest = found.scores.topk(k, dim=1).values[:, -1]
+    safe = lowest > found.reach if found.latents.shape[1] < num_latents else torch.ones_like(lowest, dtype=torch.bool)
+    row, slot = (_row_maxima(found.scores, lowest, k) & safe[:, None]).nonzero(as_tuple=True)
+    size = (len(lowest), num_latents)
+    code = SparseCode.from_pairs(row, found.latents[row, slot], found.values[row, slot], size=size)
     short = (~safe).nonzero().squeeze(1)
-    if not short.shape[0]:
-        return codes
-    return [_both(a, b) for a, b in zip(codes, _row_by_row(encodings, short, k), strict=True)]
+    if short.shape[0]:
+        code = _both(code, _row_by_row(encodings, short, k))
+    return code.split([e.num_latents for e in encodings])
 
 
 def above_threshold(encodings: Sequence[Encoding], thresholds: Sequence[Tensor], cut: Cut) -> list[SparseCode]:
@@ -211,16 +219,6 @@ def _sampled_cut(encodings: Sequence[Encoding], per_row: float) -> float:
     return max(0.0, float(sample.flatten().topk(wanted, sorted=False).values.min()))
 
 
-def _low_row(encodings: Sequence[Encoding], k: int) -> float:
-    """A score that all but a few rows have k pairs above; 0 when they have not."""
-    return _low_quantile(_sampled_scores(encodings).topk(k, dim=1).values[:, -1])
-
-
-def _low_quantile(lowest: Float[Tensor, "rows"]) -> float:
-    """The score that all but two in a hundred rows reach."""
-    return max(0.0, float(lowest.kthvalue(1 + lowest.shape[0] // 50).values)) if lowest.shape[0] else 0.0
-
-
 def _sampled_scores(encodings: Sequence[Encoding]) -> Float[Tensor, "sample latents"]:
     num_rows = encodings[0].x.shape[0]
     rows = torch.arange(0, num_rows, max(1, num_rows // SAMPLE_ROWS), device=encodings[0].x.device)
@@ -251,20 +249,6 @@ def _global_latents(found: _Found) -> Tensor:
     return torch.cat([part.latents + first for part, first in zip(found.parts, firsts, strict=False)])
 
 
-def _largest_of_rows(found: _Found, *, num_rows: int, k: int) -> tuple[Tensor, Bool[Tensor, "found"]]:
-    """The k-th largest score of every row, −∞ where it has fewer, and which candidates are its k largest positive."""
-    rows = torch.cat([part.rows for part in found.parts])
-    order = rows.argsort(stable=True)  # row by row, and there by latent, as groups and latents ascend
-    counts = torch.bincount(rows, minlength=num_rows)
-    slots = torch.arange(rows.shape[0], device=rows.device) - (counts.cumsum(0) - counts)[rows[order]]
-    padded = found.scores.new_full((num_rows, max(k, int(counts.max()) if len(rows) else 0)), -torch.inf)
-    padded[rows[order], slots] = found.scores[order]
-    lowest = padded.topk(k, dim=1).values[:, -1]
-    kept = torch.empty_like(rows, dtype=torch.bool)
-    kept[order] = _row_maxima(padded, lowest, k)[rows[order], slots]
-    return lowest, kept
-
-
 def _row_maxima(scores: Float[Tensor, "rows some"], lowest: Tensor, k: int) -> Bool[Tensor, "rows some"]:
     """The k largest positive entries of every row, of which `lowest` is the last; of equal ones the first."""
     above, equal = scores > lowest[:, None], scores == lowest[:, None]
@@ -272,7 +256,45 @@ def _row_maxima(scores: Float[Tensor, "rows some"], lowest: Tensor, k: int) -> B
     return (above | (equal & (equal.cumsum(1) <= room))) & (scores > 0)
 
 
-def _row_by_row(encodings: Sequence[Encoding], rows: Tensor, k: int) -> list[SparseCode]:
+def _proposed_by_row(encodings: Sequence[Encoding], count: int) -> _FoundByRow:
+    """The `count` largest proposals of every row, by latent, with their exact values."""
+    num_rows = encodings[0].x.shape[0]
+    height = max(1, BLOCK_ELEMENTS // sum(e.num_latents for e in encodings))
+    blocks = [_block_of_rows(encodings, slice(r, r + height), count) for r in range(0, max(1, num_rows), height)]
+    latents, values, approximate = (torch.cat(column) for column in zip(*blocks, strict=True))
+    if any(e.proposer is not None for e in encodings):
+        values = _exact_values(encodings, latents)
+    scores = values * torch.cat([e.gate for e in encodings])[latents]
+    reach = approximate.amin(1) if approximate.numel() else approximate.new_zeros(num_rows)
+    if any(e.proposer is not None for e in encodings):
+        error = (approximate - scores).abs() - 2 * BF16_ROUNDING * approximate.abs()
+        near = approximate <= (reach + NEAR * reach.abs())[:, None]
+        deviation = torch.where(near, error, 0.0).max().clamp(min=0) if error.numel() else 0.0
+        reach = reach + 2 * BF16_ROUNDING * reach.abs() + 2 * deviation
+    return _FoundByRow(latents, values, scores, reach)
+
+
+def _block_of_rows(encodings: Sequence[Encoding], rows: slice, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    pre = [e.proposed(rows) for e in encodings]
+    scores = torch.cat([p * e.gate.to(p.dtype) for p, e in zip(pre, encodings, strict=True)], dim=1)
+    latents = scores.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
+    return latents, torch.cat(pre, dim=1).gather(1, latents), scores.gather(1, latents).to(encodings[0].x.dtype)
+
+
+def _exact_values(encodings: Sequence[Encoding], latents: Tensor) -> Float[Tensor, "rows count"]:
+    """Pre-activations of some latents of every row, in full precision."""
+    rows = torch.arange(len(latents), device=latents.device).repeat_interleave(latents.shape[1])
+    sizes = [e.num_latents for e in encodings]
+    places = torch.arange(latents.numel(), device=latents.device, dtype=torch.float64)  # carried along as values
+    pairs = SparseCode.from_pairs(rows, latents.flatten(), places, size=(len(latents), sum(sizes)))
+    found = torch.empty(latents.numel(), dtype=encodings[0].x.dtype, device=latents.device)
+    for encoding, own in zip(encodings, pairs.split(sizes), strict=True):
+        products = torch_ops.pair_products(own.pattern, encoding.x, encoding.encoder)
+        found[own.values.long()] = products + encoding.bias[own.latents]
+    return found.view_as(latents)
+
+
+def _row_by_row(encodings: Sequence[Encoding], rows: Tensor, k: int) -> SparseCode:
     """TopK of some rows, the others empty, from all their scores."""
     pairs: list[tuple[Tensor, ...]] = []
     for some in rows.split(SAMPLE_ROWS):
@@ -281,9 +303,8 @@ def _row_by_row(encodings: Sequence[Encoding], rows: Tensor, k: int) -> list[Spa
         row, latent = _row_maxima(scores, scores.topk(k, dim=1).values[:, -1], k).nonzero(as_tuple=True)
         pairs.append((some[row], latent, pre[row, latent]))
     row, latent, values = (torch.cat(column) for column in zip(*pairs, strict=True))
-    sizes = [e.num_latents for e in encodings]
-    size = (encodings[0].x.shape[0], sum(sizes))
-    return SparseCode.from_pairs(row, latent, values, size=size).split(sizes)
+    size = (encodings[0].x.shape[0], sum(e.num_latents for e in encodings))
+    return SparseCode.from_pairs(row, latent, values, size=size)
 
 
 def _both(a: SparseCode, b: SparseCode) -> SparseCode:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosscoder.crosscoder import Crosscoder
@@ -78,8 +78,8 @@ class ClippedAdam:
         """Clip, Adam, the rounded encoder and the decoder's norms, in one pass over memory."""
         from crosscoder.kernels.triton import adam
 
-        state = self._moments()
-        scalars = adam.scalars(self._count, norm=norm, max_norm=self._clip, learning_rate=learning_rate)
+        state, count = self._moments()
+        scalars = adam.scalars(count, norm=norm, max_norm=self._clip, learning_rate=learning_rate)
         self._skipped = self._skipped + (~norm.isfinite()).to(self._skipped)
         squares: list[Tensor] = []
         for weights, layout in zip(self._crosscoder.weights, self._crosscoder.layouts, strict=True):
@@ -102,15 +102,15 @@ class ClippedAdam:
         adam.adam(bias.data, _gradient(bias), exp_avg=first, exp_avg_sq=second, scalars=scalars)
         return squares
 
-    def _moments(self) -> dict[Tensor, dict[str, Tensor]]:
-        """torch's state with zeros where it has none yet; counts the updates it has seen when first asked."""
+    def _moments(self) -> tuple[dict[Tensor, dict[str, Tensor]], Int[Tensor, ""]]:
+        """torch's state, with zeros where it has none yet, and the number of updates before this one."""
         for parameter in self._crosscoder.parameters():
             if "exp_avg" not in self._adam.state[parameter]:
                 zeros = {key: torch.zeros_like(parameter) for key in MOMENTS}
                 self._adam.state[parameter] = {"step": parameter.new_zeros(()), **zeros}
         if self._count is None:
             self._count = self._adam.state[self._crosscoder.bias]["step"].to(torch.int64, copy=True)
-        return self._adam.state
+        return self._adam.state, self._count
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._crosscoder.parameters() if p.grad is not None]
