@@ -23,6 +23,7 @@ from crosscoder.errors import (
     TrainingDiverged,
 )
 from crosscoder.files import read_tensors
+from crosscoder.kernels import candidates
 from crosscoder.nonlinearities import BatchTopK, Nonlinearity, ReLU, TopK
 from crosscoder.sources import SourceSet
 from crosscoder.training import checkpoint, losses, normaliser, schedules
@@ -383,3 +384,17 @@ def test_the_fused_clip_equals_clipping_and_then_adam() -> None:
         assert all(p.grad is None for p in cc.parameters())
     for a, b in zip(cc.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_selects_once_when_training_has_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cut that is too high, or a rounded encoder that is out of date, would not be wrong but slow."""
+    t = trainer(BatchTopK(6), precision="mixed")
+    batches = ToyWorld().batches(128)
+    for batch in islice(batches, 20):
+        t.step(batch.x)
+    found: list[object] = []
+    above = candidates.above
+    monkeypatch.setattr(candidates, "above", lambda *args, **limit: found.append(above(*args, **limit)) or found[-1])
+    for batch in islice(batches, 30):
+        t.step(batch.x)
+    assert 30 <= len(found) <= 36

@@ -108,9 +108,10 @@ class ClippedAdam:
             if "exp_avg" not in self._adam.state[parameter]:
                 zeros = {key: torch.zeros_like(parameter) for key in MOMENTS}
                 self._adam.state[parameter] = {"step": parameter.new_zeros(()), **zeros}
-        if self._count is None:
-            self._count = self._adam.state[self._crosscoder.bias]["step"].to(torch.int64, copy=True)
-        return self._adam.state, self._count
+        count = self._count
+        if count is None:
+            count = self._count = self._adam.state[self._crosscoder.bias]["step"].to(torch.int64, copy=True)
+        return self._adam.state, count
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._crosscoder.parameters() if p.grad is not None]
