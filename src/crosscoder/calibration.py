@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from crosscoder.codes import SparseCode
 from crosscoder.errors import ConfigError, TextError
 from crosscoder.groups import GroupLayout
+from crosscoder.kernels.cuts import Cut
 from crosscoder.nonlinearities import BatchTopK, Budget, JumpReLU
 
 if TYPE_CHECKING:
@@ -36,9 +37,10 @@ def calibrate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ reads"]
     kind = crosscoder.nonlinearity
     if not isinstance(kind, BatchTopK):
         return
-    was_training, rows = crosscoder.training, 0
+    was_training, rows, cuts = crosscoder.training, 0, crosscoder.cuts
     scores: list[list[Tensor]] = [[] for _ in crosscoder.budgets]
     crosscoder.train()
+    crosscoder.cuts = [Cut() for _ in cuts]  # those of training are of another k
     try:
         for x in batches:
             activity = crosscoder.activity(crosscoder.normalise_reads(x.to(crosscoder.bias.dtype)), k=2 * kind.k)
@@ -47,6 +49,7 @@ def calibrate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ reads"]
             rows += activity.num_rows
     finally:
         crosscoder.train(was_training)
+        crosscoder.cuts = cuts
     if not rows:
         raise TextError("expected rows to calibrate on; got none.", hint="Give some training rows.")
     for held, budget in zip(scores, crosscoder.budgets, strict=True):

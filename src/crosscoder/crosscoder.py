@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from crosscoder import calibration, crosscoder_files, folding, initialisation, nonlinearities
+from crosscoder.activity import Activity
 from crosscoder.codes import SparseCode
 from crosscoder.errors import NotCalibrated, SourceMismatch
 from crosscoder.groups import Columns, GroupLayout, GroupPart, GroupWeights, assemble, code_norm
@@ -34,56 +34,11 @@ from crosscoder.kernels.dispatch import Kernels, Precision
 from crosscoder.kernels.jump_relu import jump_relu
 from crosscoder.kernels.operations import Backend
 from crosscoder.kernels.sparse import Decoding, Fit
-from crosscoder.kernels.torch_ops import add_by_latent
 from crosscoder.nonlinearities import BatchTopK, Budget, CodeNorm, JumpReLU, Nonlinearity, ReLU, TopK, active_per_row
 from crosscoder.sources import SourceSet
 from crosscoder.wiring import Wiring
 
 Space = Literal["normalised", "raw"]
-
-
-@dataclass(frozen=True)
-class Activity:
-    """What a training step knows of a code: each group's reads, and its code; or the full matrix of values.
-
-    In train mode JumpReLU's codes also hold the silent pairs in the windows of its thresholds, with the value 0.
-    """
-
-    reads: Sequence[Float[Tensor, "rows _"]]
-    groups: Sequence[SparseCode]
-    f: Float[Tensor, "rows latents"] | None = None
-    pre: Sequence[Tensor] = ()
-    """Pre-activations under ReLU and JumpReLU: of each group's pairs, or the one full matrix."""
-
-    @property
-    def num_rows(self) -> int:
-        """How many rows there are."""
-        return self.reads[0].shape[0]
-
-    @cached_property
-    def code(self) -> SparseCode:
-        """The active pairs of all groups."""
-        if self.f is not None:
-            return SparseCode.from_dense(self.f)
-        return SparseCode.side_by_side([code.active() for code in self.groups])
-
-    @property
-    def num_active(self) -> Int[Tensor, ""]:
-        """How many pairs are active, on the device."""
-        parts = [code.values for code in self.groups] if self.f is None else [self.f]
-        return torch.stack([(part > 0).sum() for part in parts]).sum()
-
-    @property
-    def by_latent(self) -> Float[Tensor, "latents"]:
-        """`Σ_rows f_i`; differentiable."""
-        if self.f is not None:
-            return self.f.sum(0)
-        return torch.cat([add_by_latent(code.pattern, code.values) for code in self.groups])
-
-    def detach(self) -> Activity:
-        """The same without its graph and without matrices of pre-activations."""
-        f = None if self.f is None else self.f.detach()
-        return Activity(self.reads, [code.detach() for code in self.groups], f)
 
 
 class Crosscoder(nn.Module):
@@ -297,6 +252,11 @@ class Crosscoder(nn.Module):
         for weights in self.weights:
             weights.spend_gradients()
         self.bias.grad = None
+
+    def drop_spares(self) -> None:
+        """Let go of the memory of spent gradients, when training is over."""
+        for weights in self.weights:
+            weights.spares.clear()
 
     def calibrate(self, batches: Iterable[Float[Tensor, "_ reads"]]) -> None:
         """Set BatchTopK's thresholds to the scores that k latents per row exceed on `batches` (raw packed reads)."""

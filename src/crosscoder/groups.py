@@ -40,9 +40,9 @@ class GroupWeights(nn.Module):
         self.register_buffer("gate", torch.ones(num_latents))
         self.register_buffer("threshold", torch.full((), float("nan")))
         self.spares = Spares()
-        self.rounded: Tensor | None = None
-        """Memory for `rounded_encoder`, once that was asked for."""
+        self._rounded = torch.empty(0, dtype=torch.bfloat16)
         self._rounded_at: tuple[int, int] | None = None
+        self._recorded = False
 
     @property
     def rounded_encoder(self) -> Float[Tensor, "latents reads"]:
@@ -51,17 +51,22 @@ class GroupWeights(nn.Module):
         Whatever records a graph may be followed by an update, and a fused one does not count as a new version; an
         update that has rounded the encoder itself says so with `note_rounded`.
         """
-        lasting = not (torch.is_grad_enabled() and self.encoder.requires_grad)
-        if self.rounded is None or self.rounded.device != self.encoder.device:
-            self.rounded = self.encoder.detach().to(torch.bfloat16)
+        self._recorded |= torch.is_grad_enabled() and self.encoder.requires_grad
+        if self.rounded_in_place is None:
+            self._rounded = self.encoder.detach().to(torch.bfloat16)
         elif self._rounded_at != self._place:
-            self.rounded.copy_(self.encoder.detach())
-        self._rounded_at = self._place if lasting else None
-        return self.rounded
+            self._rounded.copy_(self.encoder.detach())
+        self._rounded_at = None if self._recorded else self._place
+        return self._rounded
+
+    @property
+    def rounded_in_place(self) -> Float[Tensor, "latents reads"] | None:
+        """The memory of that copy, where there is one on the encoder's device."""
+        return self._rounded if self._rounded.device == self.encoder.device and self._rounded.numel() else None
 
     def note_rounded(self) -> None:
-        """What is in `rounded`, if anything is, is the encoder as it now is."""
-        self._rounded_at = self._place
+        """That copy, if there is one, is the encoder as it now is."""
+        self._rounded_at, self._recorded = self._place, False
 
     @property
     def _place(self) -> tuple[int, int]:
@@ -70,9 +75,11 @@ class GroupWeights(nn.Module):
         return encoder._version, encoder.data_ptr()  # pyright: ignore[reportPrivateUsage]
 
     def spend_gradients(self) -> None:
-        """Forget the gradients, which an update has used, and keep the memory of the large ones."""
+        """Forget the gradients, which an update has used; on a CPU, keep the memory of the large ones."""
+        if self._recorded:  # what was recorded has been followed by an update
+            self._rounded_at, self._recorded = None, False
         for name, parameter in self.named_parameters():
-            if name in ("encoder", "decoder"):
+            if name in ("encoder", "decoder") and not parameter.is_cuda:
                 self.spares.put(name, parameter.grad)
             parameter.grad = None
 

@@ -19,7 +19,7 @@ LINES = (
     ("wiring",),
     ("codes", "activations"),
     ("nonlinearities", "kernels", "initialisation"),
-    ("groups",),
+    ("groups", "activity"),
     ("crosscoder", "crosscoder_files", "folding", "calibration"),
     ("capture",),
     ("store",),

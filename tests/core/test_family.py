@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.definition import LAYERS, PAIR, WIDTH, at, family, forward, penalised, rows, with_parameters
+from crosscoder.activity import Activity
 from crosscoder.codes import SparseCode
-from crosscoder.crosscoder import Activity, Crosscoder
+from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import ConfigError, NotCalibrated, SourceMismatch, WiringError
 from crosscoder.nonlinearities import BatchTopK, JumpReLU, Nonlinearity, ReLU, TopK
 from crosscoder.sources import Source, SourceSet, difference

@@ -167,11 +167,26 @@ def test_a_cut_of_another_time_gives_up_before_everything_is_a_candidate(monkeyp
     assert sum(most) < pre.numel(), "a block each for the tries that failed"
 
 
-def test_latents_without_a_gate_are_never_kept() -> None:
-    group = drawn(50, 6, 4, seed=0)
-    group.gate[2] = 0.0
+@pytest.mark.parametrize("rows", [1, 2, 50])
+@pytest.mark.parametrize("proposes", [False, True])
+def test_latents_without_a_gate_are_never_kept(rows: int, proposes: bool) -> None:
+    group = drawn(rows, 64, 4, seed=0, proposes=proposes)
+    group.gate[::2] = 0.0
+    above = candidates.above([group], [torch.where(group.gate > 0, 0.01 / group.gate, torch.inf)], at_most=10**9)
+    assert above is not None and bool((above[0].latents % 2 == 1).all())
     for pick in (selection.batch_top_k, selection.top_k):
-        assert 2 not in dense(pick([group], 4, Cut())).nonzero()[:, 1]
+        assert bool((dense(pick([group], 4, Cut(score=0.01))).nonzero()[:, 1] % 2 == 1).all())
+
+
+def test_one_wild_batch_does_not_make_everything_a_candidate_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = drawn(64, 512, 16, seed=0, proposes=True)
+    wild = Encoding(calm.x * 300, calm.encoder, calm.bias, calm.gate, calm.proposer)
+    threshold, cut, seen = [torch.full((512,), 3.0)], Cut(), []
+    above = candidates.above
+    monkeypatch.setattr(candidates, "above", lambda *args, **limit: seen.append(above(*args, **limit)) or seen[-1])
+    for group in (calm, wild, calm, calm):
+        selection.above_threshold([group], threshold, cut)
+    assert len(seen[-1][0].rows) < 2 * len(seen[0][0].rows) + 50
 
 
 # Sparse operations, and their gradients.
@@ -332,6 +347,8 @@ def test_the_rounded_encoder_follows_every_kind_of_update() -> None:
         for _ in range(2):
             assert torch.equal(weights.rounded_encoder, weights.encoder.bfloat16())
             cc.activity(x, k=2) if mode else None
+            with torch.no_grad():
+                assert torch.equal(weights.rounded_encoder, weights.encoder.bfloat16())
             weights.encoder.grad = torch.ones_like(weights.encoder)
             adam.step()
         with torch.no_grad():

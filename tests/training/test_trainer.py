@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from crosscoder.activations import Batch
+from crosscoder.activity import Activity
 from crosscoder.codes import SparseCode
-from crosscoder.crosscoder import Activity, Crosscoder
+from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import (
     ConfigError,
     FileFormatError,
@@ -212,6 +213,8 @@ def test_auxk_of_the_dead_among_others_is_that_of_the_dead() -> None:
         found.append([auxiliary.loss.detach(), *grads])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+    none = losses.auxiliary(cc, x, error, dead=some, k_aux=2, among=torch.zeros(4, dtype=torch.bool))
+    assert none.loss.item() == 0.0
 
 
 def test_schedules_by_hand() -> None:
@@ -343,10 +346,11 @@ def test_checkpoint_tensors_are_plain_safetensors(tmp_path: Path) -> None:
     assert "optimiser.groups.0.encoder.exp_avg" in names
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kind", [TopK(4), ReLU()], ids=lambda k: k.kind)
-def test_micro_batches_add_up_to_the_step_of_the_whole_batch(kind: Nonlinearity) -> None:
+def test_micro_batches_add_up_to_the_step_of_the_whole_batch(kind: Nonlinearity, dropout: float) -> None:
     penalty = L1Sparsity(coefficient=0.1) if isinstance(kind, ReLU) else None
-    no_aux = LossesConfig(aux=AuxConfig(coefficient=0.0))
+    no_aux = LossesConfig(aux=AuxConfig(coefficient=0.0), source_dropout=dropout)
     found: list[dict[str, Tensor]] = []
     for micro_batches in (1, 3):
         cc = Crosscoder(acausal(SOURCES, num_latents=40), kind).double()

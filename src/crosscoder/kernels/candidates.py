@@ -29,6 +29,7 @@ from crosscoder.kernels import torch_ops
 
 BLOCK_ELEMENTS = 2**22
 BLOCK_LATENTS = 2048
+NEVER = -1e30
 BF16_ROUNDING = 2.0**-8
 """No number moves by more than this share of itself when it is rounded to bf16."""
 
@@ -140,6 +141,8 @@ def _positions(mask: Tensor) -> Int[Tensor, "found"]:
 
 
 def _rounded_up(x: Tensor) -> Tensor:
+    """Rounded to bf16, never down; a latent without a cut (−∞) stays a number, so that products do."""
+    x = x.clamp(min=NEVER)
     return (x + x.abs() * BF16_ROUNDING).to(torch.bfloat16)
 
 

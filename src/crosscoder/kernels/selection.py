@@ -26,6 +26,8 @@ from crosscoder.kernels.candidates import BF16_ROUNDING, BLOCK_ELEMENTS, Candida
 from crosscoder.kernels.cuts import Cut
 
 SAMPLE_ROWS = 128
+FEW_ROWS = 32
+"""Enough to tell a code that is sparse from one that is not."""
 OVERSHOOT = 1.3
 """How many times the candidates needed a sampled cut aims at."""
 MOST_TRIES = 12
@@ -42,7 +44,6 @@ class _Found:
 
     parts: Sequence[Candidates]
     low: float
-    full_precision: bool
 
     @property
     def scores(self) -> Tensor:
@@ -145,6 +146,7 @@ def above_threshold(encodings: Sequence[Encoding], thresholds: Sequence[Tensor],
         if deviation == 0:  # nothing was proposed, so nothing says how far the product errs
             encodings = _in_full(encodings)
         cut.slack = 4 * deviation
+    cut.slack = min(cut.slack, 4 * deviation) if deviation else cut.slack
     kept = [part.scores > t[part.latents] for part, t in zip(parts, thresholds, strict=True)]
     return _codes(encodings, parts, torch.cat(kept))
 
@@ -152,7 +154,7 @@ def above_threshold(encodings: Sequence[Encoding], thresholds: Sequence[Tensor],
 @torch.no_grad()
 def share_above(encodings: Sequence[Encoding], thresholds: Sequence[Tensor]) -> float:
     """About which share of all pairs scores above its latent's threshold, from a sample of rows."""
-    scores = _sampled_scores(encodings)
+    scores = _sampled_scores(encodings, num_rows=FEW_ROWS)
     return float((scores > torch.cat(list(thresholds))).float().mean()) if scores.numel() else 0.0
 
 
@@ -196,7 +198,7 @@ def _kth(found: _Found | None, count: int) -> float:
 def _above(encodings: Sequence[Encoding], low: float, *, at_most: int) -> _Found | None:
     cuts = [torch.where(e.gate > 0, low / e.gate, torch.inf) for e in encodings]
     parts = candidates.above(encodings, cuts, at_most=at_most)
-    return None if parts is None else _Found(parts, low, all(e.proposer is None for e in encodings))
+    return None if parts is None else _Found(parts, low)
 
 
 def _in_full(encodings: Sequence[Encoding]) -> list[Encoding]:
@@ -219,9 +221,9 @@ def _sampled_cut(encodings: Sequence[Encoding], per_row: float) -> float:
     return max(0.0, float(sample.flatten().topk(wanted, sorted=False).values.min()))
 
 
-def _sampled_scores(encodings: Sequence[Encoding]) -> Float[Tensor, "sample latents"]:
-    num_rows = encodings[0].x.shape[0]
-    rows = torch.arange(0, num_rows, max(1, num_rows // SAMPLE_ROWS), device=encodings[0].x.device)
+def _sampled_scores(encodings: Sequence[Encoding], *, num_rows: int = SAMPLE_ROWS) -> Float[Tensor, "sample latents"]:
+    every = max(1, encodings[0].x.shape[0] // num_rows)
+    rows = torch.arange(0, encodings[0].x.shape[0], every, device=encodings[0].x.device)
     return torch.cat([e.scores(rows) for e in encodings], dim=1)
 
 

@@ -22,6 +22,10 @@ class Spares:
         if gradient is not None:
             self._held[name] = gradient
 
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._held.clear()
+
     def take(self, name: str, like: Tensor) -> Tensor:
         """Memory of the shape and kind of `like`, with anything in it."""
         held = self._held.pop(name, None)

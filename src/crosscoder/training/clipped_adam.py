@@ -32,7 +32,7 @@ class ClippedAdam:
 
     @property
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
-        """`exp_avg`, `exp_avg_sq` and `step` of every parameter."""
+        """`exp_avg` and `exp_avg_sq` of every parameter, and `step` where an update is to go on from."""
         return self._adam.state
 
     @property
@@ -83,7 +83,7 @@ class ClippedAdam:
         self._skipped = self._skipped + (~norm.isfinite()).to(self._skipped)
         squares: list[Tensor] = []
         for weights, layout in zip(self._crosscoder.weights, self._crosscoder.layouts, strict=True):
-            copies, widths = {"encoder": weights.rounded}, {"decoder": tuple(layout.stored_widths)}
+            copies, widths = {"encoder": weights.rounded_in_place}, {"decoder": tuple(layout.stored_widths)}
             for name, parameter in weights.named_parameters():
                 first, second = (state[parameter][key] for key in MOMENTS)
                 found = adam.adam(

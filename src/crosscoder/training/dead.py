@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from crosscoder.crosscoder import Activity
+from crosscoder.activity import Activity
 
 
 class DeadLatents(nn.Module):

@@ -55,6 +55,7 @@ class Checkpointer:
         """Write when it is time; raises KeyboardInterrupt after the last one when the run was asked to stop."""
         for trainer, folder in self._trainers:
             if self._stop.asked or _due(trainer.step_number, trainer.config.checkpoint_every, trainer):
+                trainer.check_updates()
                 checkpoint.save(trainer, folder, stream=self._source.state_dict())
         if self._stop.asked:
             raise KeyboardInterrupt

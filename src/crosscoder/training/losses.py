@@ -26,7 +26,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from crosscoder.crosscoder import Activity, Crosscoder
+from crosscoder.activity import Activity
+from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import SourceMismatch
 from crosscoder.groups import GroupPart, assemble
 from crosscoder.nonlinearities import JumpReLU
@@ -114,7 +115,8 @@ def auxiliary(
     f = torch.zeros_like(pre).scatter(1, kept.indices, values).split([len(part.bias) for part in parts], dim=1)
     pieces = [piece for mine, part in zip(f, parts, strict=True) for piece in part.pieces(mine @ part.decoder)]
     left = assemble((-target).split(list(crosscoder.writes.widths), dim=1), pieces)
-    return Auxiliary(left.square().sum() / target.shape[0], parts)
+    loss = left.square().sum() / target.shape[0]
+    return Auxiliary(loss if among is None else torch.where(among.any(), loss, 0.0), parts)
 
 
 def _saturating(activity: Activity, scale: Tensor, weights: Tensor) -> Float[Tensor, ""]:

@@ -173,6 +173,7 @@ def _forward_bytes(outline: _Outline) -> int:
 
 def _step_bytes(run: RunConfig, wiring: Wiring) -> int:
     batch, width = run.train.batch_size, wiring.sources.width
-    block = min(BLOCK_ELEMENTS, batch * wiring.num_latents)
-    pairs = batch * (run.k or wiring.num_latents // 2)
+    full = batch * wiring.num_latents
+    block = min(BLOCK_ELEMENTS, full) if run.k else 4 * full  # ReLU and JumpReLU begin with full matrices
+    pairs = batch * (run.k or 0)
     return 4 * (6 * batch * width + block) + BYTES_PER_PAIR * pairs

@@ -141,6 +141,7 @@ class _Lane:
     def finish(self) -> TrainResult:
         """Save the crosscoder, in eval mode."""
         crosscoder = self.trainer.crosscoder.eval()
+        crosscoder.drop_spares()
         crosscoder.save(self.directory.crosscoder)
         return TrainResult(crosscoder, self.recorder.last, self.directory.path)
 

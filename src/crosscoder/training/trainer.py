@@ -23,9 +23,10 @@ from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 from crosscoder.activations import ActivationSource, Batch
+from crosscoder.activity import Activity
 from crosscoder.calibration import follow
 from crosscoder.codes import SparseCode
-from crosscoder.crosscoder import Activity, Crosscoder
+from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import ConfigError, NonFiniteActivations, SourceMismatch, TextError, TrainingDiverged
 from crosscoder.groups import Columns
 from crosscoder.nonlinearities import BatchTopK, active_per_row, check_budgets, scaled
@@ -42,8 +43,8 @@ AUX_ROWS = 4
 """AuxK uses every fourth row, and at most AUX_CANDIDATES dead latents a step."""
 AUX_CANDIDATES = 512
 CHECK_EVERY = 20
-"""On a GPU, where looking at a loss waits for it, only every so many steps are checked; others leave no trace if
-broken.
+"""On a GPU, where looking at a loss waits for it, only every so many steps are checked, and before every checkpoint. A
+step with a loss that is not finite leaves the weights as they were.
 """
 
 
@@ -115,6 +116,8 @@ class Trainer:
         after = self.aux.dead_after_tokens or min(10_000_000, max(1, config.num_tokens // 20))
         self.dead = DeadLatents(crosscoder.num_latents, after_rows=after).to(crosscoder.bias.device)
         self._doubtful = 0
+        if self.config.micro_batches > 1 and isinstance(crosscoder.nonlinearity, BatchTopK):
+            _log.info("BatchTopK selects within each of the %d micro-batches of a step.", self.config.micro_batches)
         self.first_error: float | None = None
         """The reconstruction error of the first step, which divergence is judged by."""
         self._reads = Columns(crosscoder.sources, crosscoder.reads.keys)
@@ -173,8 +176,9 @@ class Trainer:
         if not len(x):
             raise TextError("expected rows to train on; got an empty batch.")
         self.crosscoder.train()
-        parts = [part for part in x.tensor_split(self.config.micro_batches) if len(part)]
-        seen = [self._backward(part, share=len(part) / len(x)) for part in parts]
+        count = min(self.config.micro_batches, len(x))
+        parts, masks = x.tensor_split(count), self._masks(len(x), parts=count)
+        seen = [self._backward(*part, num_rows=len(x)) for part in zip(parts, masks, strict=True)]
         terms = torch.stack([len(part) / len(x) * terms for part, (terms, _) in zip(parts, seen, strict=True)]).sum(0)
         loss, sparsity, delta, auxiliary = terms[:4]
         gradient_norm = self._update(loss, x)
@@ -189,12 +193,20 @@ class Trainer:
         zero = len(self.crosscoder.writes) * self.crosscoder.sources.width / len(self.crosscoder.sources)
         if error > 10 * max(zero, self.first_error):
             self._diverged(f"the reconstruction error is {error:.4g}", result.gradient_norm)
-        if self.optimiser.skipped:
-            self._diverged("the loss or its gradient was not finite", result.gradient_norm)
+        self.check_updates()
         doubtful = sum(int(cut.doubtful) for cut in self.crosscoder.cuts if cut.doubtful is not None)
         if doubtful > self._doubtful:
             _log.warning("%d selections so far could not be shown to be exact.", doubtful)
             self._doubtful = doubtful
+
+    def check_updates(self) -> None:
+        """Raises TrainingDiverged if an update was left out on the device, as its loss or gradient was not finite."""
+        if self.optimiser.skipped:
+            raise TrainingDiverged(
+                f"activations, loss or gradient were not finite in one of the last steps before {self.step_number}.",
+                hint="Look at the activations with crosscoder evaluate, or lower train.learning_rate; weights are as "
+                "they were before that step.",
+            )
 
     def _diverged(self, what: str, gradient_norm: Tensor) -> NoReturn:
         first = "" if self.first_error is None else f"{self.first_error:.4g}"
@@ -223,29 +235,30 @@ class Trainer:
         while self.step_number < self.num_steps:
             yield next(batches)
 
-    def _masked(self, reads: Tensor) -> Tensor:
-        """The reads with some sources hidden in some rows, where the run asks for it."""
+    def _masks(self, num_rows: int, *, parts: int) -> Sequence[Tensor | None]:
+        """Which columns of the reads are seen in which rows, part by part, where the run hides some sources."""
         chance = self.losses.source_dropout
         if not chance:
-            return reads
+            return [None] * parts
         widths = torch.tensor(self.crosscoder.reads.widths)
         key = xxh3_64_intdigest(f"dropout/{self.seed}/{self.step_number}".encode())
         generator = torch.Generator().manual_seed(key >> 1)
-        kept = torch.rand(len(reads), len(widths), generator=generator) >= chance
-        return reads * kept.repeat_interleave(widths, dim=1).to(reads)
+        kept = torch.rand(num_rows, len(widths), generator=generator) >= chance
+        return kept.repeat_interleave(widths, dim=1).tensor_split(parts)
 
-    def _backward(self, x: Tensor, *, share: float) -> tuple[Float[Tensor, "terms"], Activity]:
+    def _backward(self, x: Tensor, mask: Tensor | None, *, num_rows: int) -> tuple[Float[Tensor, "terms"], Activity]:
         """Add the gradients of some rows; gives loss, sparsity, delta, auxiliary, and the errors of the sources."""
         normalised = self.crosscoder.normalise(x.to(self.crosscoder.bias.device, self.crosscoder.bias.dtype))
         reads, writes = self._reads(normalised), self._writes(normalised)
-        activity = self.crosscoder.activity(self._masked(reads), k=self.k)
+        seen = reads if mask is None else reads * mask.to(reads)
+        activity = self.crosscoder.activity(seen, k=self.k)
         fit = self.crosscoder.fit(activity, reads, writes)
         zero = fit.total.new_zeros(())
         sparsity, delta = self._sparsity(activity, zero), self._delta(fit.error, zero)
         auxiliary = self._auxiliary(reads, fit.error)
         aux = zero if auxiliary is None else self.aux.coefficient * auxiliary.loss
         total = fit.total + sparsity + delta + aux
-        (total if share == 1 else share * total).backward()
+        (total if len(x) == num_rows else len(x) / num_rows * total).backward()
         if auxiliary is not None:
             auxiliary.add_gradients()
         self._follow(activity := activity.detach())
@@ -296,7 +309,8 @@ class Trainer:
         """Let dead counts and the inference threshold follow what this batch kept."""
         self.dead.update(activity)
         if isinstance(self.crosscoder.nonlinearity, BatchTopK):
-            follow(self.crosscoder, activity.groups, memory=THRESHOLD_MEMORY)
+            memory = THRESHOLD_MEMORY ** (1 / self.config.micro_batches)
+            follow(self.crosscoder, activity.groups, memory=memory)
 
 
 def _broken(crosscoder: Crosscoder, x: Tensor) -> list[str]:

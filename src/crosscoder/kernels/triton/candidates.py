@@ -15,12 +15,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from crosscoder.kernels.candidates import BF16_ROUNDING as ROUNDING
 from crosscoder.kernels.triton.compaction import Compaction, compact
 from crosscoder.kernels.triton.patterns import PaddedPattern
 from crosscoder.kernels.triton.row_products import multiply_pairs
 
-ROUNDING = 2.0**-8
-"""The largest relative error of rounding to bf16."""
 NEAR = 0.1
 
 
