@@ -8,11 +8,15 @@ import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from triton import __version__ as triton_version
 from triton import knobs
+
+TRAINER_NEEDS = {"numpy": "numpy", "pydantic": "pydantic", "xxhash": "xxhash", "yaml": "pyyaml"}
+"""What the trainer imports and the kernels do not: modules, and the packages that they come in."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,25 @@ def device(options: argparse.Namespace) -> str | None:
         return None
     assert not knobs.runtime.interpret, "the interpreter would be measured, not the GPU"
     return "cuda"
+
+
+def missing_for_the_trainer() -> str | None:
+    """A line that names what the trainer needs and cannot be imported here, and how to get it; None if all can be."""
+    missing = [package for module, package in TRAINER_NEEDS.items() if not _imports(module)]
+    if not missing:
+        return None
+    return (
+        f"The trainer is left out, for want of {', '.join(missing)}: `pip install {' '.join(missing)}`, or unpack the "
+        "wheels, made for this Python, into a folder on PYTHONPATH."
+    )
+
+
+def _imports(module: str) -> bool:
+    try:
+        import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def facts(device: str) -> Facts:

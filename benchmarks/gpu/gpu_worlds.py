@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from gpu_sparse_step import SparseStep
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
@@ -48,11 +47,3 @@ class World:
         x = embedding_bag(chosen, self.directions, per_sample_weights=strength, mode="sum")
         x += 0.5 * torch.randn(x.shape, generator=g, device=device) / self.size.width**0.5
         return x * (self.size.width / (k * 7 / 3)) ** 0.5
-
-    def step(self, learning_rate: float = 1e-3) -> SparseStep:
-        """A step with fresh weights: decoder rows of norm 0.3, the encoder alike."""
-        shape = (self.size.num_latents, self.size.width)
-        drawn = torch.randn(shape, generator=self.generator, device=self.directions.device)
-        decoder = 0.3 * normalize(drawn, dim=1)
-        encoder = decoder.clone()
-        return SparseStep(encoder, decoder, widths=self.size.widths, k=self.size.k, learning_rate=learning_rate)

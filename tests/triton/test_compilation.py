@@ -128,12 +128,17 @@ def test_a_step_compiles_with_the_arguments_that_it_passes(
     monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
     for module in MODULES:
         monkeypatch.setattr(module, "launch", compile_only)
+    monkeypatch.setattr(torch, "empty", torch.zeros)  # the trainer refuses what is not finite
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
     widths, num_latents, rows, k = SIZES[name]
-    worlds = import_module("gpu_worlds")
-    step = worlds.World(worlds.Size(widths, num_latents, rows, k), device="cpu").step()
-    outcome = step(torch.ones(rows, sum(widths)))
-    operations.sum_by_row(outcome.selection.groups[0].pattern, outcome.left.products, step.shadow)
+    worlds, trainers = import_module("gpu_worlds"), import_module("gpu_trainer")
+    with trainers.on_triton("cpu"):
+        world = worlds.World(worlds.Size(widths, num_latents, rows, k), device="cpu")
+        trainer = trainers.trainer(world)
+        trainers.silence(trainer)
+        code = trainer.step(torch.ones(rows, sum(widths))).activities[0].groups[0]
+    operations.sum_by_row(code.pattern, code.values, trainer.crosscoder.weights[0].rounded_encoder)
     assert set(launched) == {launch[0].__name__ for launch in launches()}
 
 

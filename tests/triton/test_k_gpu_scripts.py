@@ -1,4 +1,6 @@
-"""What runs on a GPU, run on the CPU at a tiny size: the check, the benchmark, and both where there is no device."""
+"""What runs on a GPU, run on the CPU at a tiny size: the check and the benchmark of the trainer, also where there is no
+device, or not what the trainer needs.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +8,81 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
+from crosscoder.kernels.triton import encodings, operations
+from crosscoder.training.losses import Auxiliary
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "benchmarks" / "gpu"
 
 
-def run(script: str, *arguments: str, interpreted: bool = True) -> subprocess.CompletedProcess[str]:
-    """A script in a process without this environment's package: as on a bare machine, from the sources."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "TRITON_INTERPRET": "1" if interpreted else "0"}
+def run(
+    script: str, *arguments: str, interpreted: bool = True, first: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A script in a process without this environment's package: as on a bare machine, from the sources.
+
+    Modules in the folder `first` hide others of their name.
+    """
+    path = os.pathsep.join(map(str, [*([first] if first else []), ROOT / "src"]))
+    environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1" if interpreted else "0"}
     command = [sys.executable, str(SCRIPTS / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=SCRIPTS)
+
+
+def bare(folder: Path) -> Path:
+    """A folder that hides pydantic and xxhash."""
+    folder.mkdir()
+    for name in ("pydantic", "xxhash"):
+        (folder / f"{name}.py").write_text("raise ImportError(__name__)\n")
+    return folder
 
 
 def test_the_check_holds_at_a_tiny_size(tmp_path: Path) -> None:
     done = run("check.py", "--interpret", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "check.json").read_text())
-    assert record["format"] == "crosscoder.gpu_check/1"
-    assert len(record["checks"]) > 30 and all(line["holds"] for line in record["checks"])
+    assert (record["format"], record["left_out"]) == ("crosscoder.gpu_check/2", None)
+    assert len(record["checks"]) > 60 and all(line["holds"] for line in record["checks"])
+    named = " ".join(line["what"] for line in record["checks"])
+    for part in ("gradient of encoder, 4 dead latents", "a tenth dead are bit-equal", "without a synchronisation"):
+        assert part in named
     assert "| check | holds | seen |" in (tmp_path / "check.md").read_text()
 
 
 def test_the_benchmark_measures_at_a_tiny_size(tmp_path: Path) -> None:
     done = run("step.py", "--interpret", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads((tmp_path / "step.json").read_text())
-    assert [r["contender"] for r in record["results"]] == ["ours", "dense bf16", "textbook sparse"]
-    assert all(r["milliseconds"] > 0 and len(r["phases"]) >= 4 for r in record["results"])
+    results = json.loads((tmp_path / "step.json").read_text())["results"]
+    assert [r["contender"] for r in results] == ["ours", "ours, a tenth dead", "dense bf16", "textbook sparse"]
+    assert [r["dead"] for r in results] == [0, 4, 0, 0]
+    assert all(r["milliseconds"] > 0 and len(r["phases"]) >= 4 for r in results)
+    for part in ("crosscoder.activity", "crosscoder.fit", "backward", "optimiser.update", "settle"):
+        assert part in results[0]["phases"]
     assert "| textbook sparse |" in (tmp_path / "step.md").read_text()
+
+
+def test_without_what_the_trainer_needs_the_kernels_are_checked(tmp_path: Path) -> None:
+    done = run("check.py", "--interpret", "--out", str(tmp_path), first=bare(tmp_path / "bare"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if "pip install pydantic xxhash" in line]
+    record = json.loads((tmp_path / "check.json").read_text())
+    assert record["left_out"] == line and line in (tmp_path / "check.md").read_text()
+    assert any("edge case" in check["what"] for check in record["checks"])
+    assert any("an update" in check["what"] for check in record["checks"])
+    assert not any("steps" in check["what"] for check in record["checks"])
+
+
+def test_without_what_the_trainer_needs_the_benchmark_gives_the_floor(tmp_path: Path) -> None:
+    done = run("step.py", "--interpret", "--out", str(tmp_path), first=bare(tmp_path / "bare"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "step.json").read_text())
+    assert record["left_out"] in done.stdout and record["results"] == [] and record["floors"]
 
 
 @pytest.mark.parametrize("script", ["check.py", "step.py"])
@@ -54,24 +98,49 @@ def test_a_dry_run_needs_the_interpreter() -> None:
     assert done.returncode != 0 and "TRITON_INTERPRET=1" in done.stderr
 
 
-def test_a_check_that_does_not_hold_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    exactness, worlds, products = (import_module(n) for n in ("gpu_exactness", "gpu_worlds", "gpu_sparse_step"))
+@pytest.fixture
+def found_wrong() -> Iterator[Callable[[], list[str]]]:
+    """What a trainer with dead latents does not compute as fp64 does, with whatever a test has broken meanwhile."""
+    exactness, trainers, worlds = (import_module(name) for name in ("gpu_exactness", "gpu_trainer", "gpu_worlds"))
     world = worlds.World(worlds.TINY, device="cpu")
-    step, right = world.step(), products.sum_by_latent
-    monkeypatch.setattr(products, "sum_by_latent", lambda *arguments: right(*arguments) * (1 + 1e-4))
-    found = {one.what: one.value <= one.bound for one in exactness.against_dense(step, world.rows())}
-    assert [what for what, holds in found.items() if not holds] == [
-        "gradient of encoder", "gradient of encoder_bias", "gradient of decoder", "gradient norm",
-    ]  # fmt: skip
+    with trainers.on_triton("cpu"):
+        trainer = trainers.trained(world, steps=2, dead=True, losses=trainers.AUX)
+        yield lambda: [c.what for c in exactness.against_dense(trainer, world.rows()) if not c.value <= c.bound]
+
+
+def test_a_right_step_is_found_right(found_wrong: Callable[[], list[str]]) -> None:
+    assert found_wrong() == []
+
+
+def test_gradients_a_little_off_are_seen(found_wrong: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = operations.sum_by_latent
+    monkeypatch.setattr(operations, "sum_by_latent", lambda *a, **k: right(*a, **k).mul_(1 + 1e-4))
+    assert found_wrong() == ["gradient of encoder", "gradient of decoder", "gradient norm"]
+
+
+def test_dead_latents_left_alone_are_seen(
+    found_wrong: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Auxiliary, "add_gradients", lambda self: None)
+    wrong = found_wrong()
+    assert {f"gradient of {name}, 4 dead latents" for name in ("encoder", "encoder_bias", "decoder")} <= set(wrong)
+    assert "loss" not in wrong and "gradient of bias" not in wrong
+
+
+def test_pairs_that_were_not_kept_are_seen(
+    found_wrong: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = encodings.batch_top_k
+    monkeypatch.setattr(encodings, "batch_top_k", lambda e, k, cut: right(e, k - 1, cut))
+    assert found_wrong() == ["pairs missing"]
 
 
 def test_contenders_train() -> None:
-    worlds, contenders = (import_module(name) for name in ("gpu_worlds", "gpu_contenders"))
+    trainers, worlds, contenders = (import_module(n) for n in ("gpu_trainer", "gpu_worlds", "gpu_contenders"))
     world = worlds.World(worlds.TINY, device="cpu")
-    ours = world.step()
+    start = trainers.Weights.fresh(world)
     for kind in (contenders.DenseStep, contenders.TextbookStep):
-        encoder, decoder = (ours.weights[name].clone() for name in ("encoder", "decoder"))
-        step = kind(encoder, decoder, widths=worlds.TINY.widths, k=worlds.TINY.k)
+        step = kind(start.encoder.clone(), start.decoder.clone(), widths=worlds.TINY.widths, k=worlds.TINY.k)
         for group in step.optimiser.param_groups:
             group["lr"] = 1e-2
         losses = [float(step(world.rows())) for _ in range(60)]
