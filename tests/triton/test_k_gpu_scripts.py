@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from crosscoder.kernels.triton import encodings, operations
+from crosscoder.training.dead import DeadLatents
 from crosscoder.training.losses import Auxiliary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,6 +126,14 @@ def test_dead_latents_left_alone_are_seen(
     wrong = found_wrong()
     assert {f"gradient of {name}, 4 dead latents" for name in ("encoder", "encoder_bias", "decoder")} <= set(wrong)
     assert "loss" not in wrong and "gradient of bias" not in wrong
+
+
+def test_living_latents_among_the_dead_are_seen(
+    found_wrong: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everyone = (torch.arange(40), torch.ones(40, dtype=torch.bool))
+    monkeypatch.setattr(DeadLatents, "without_waiting", lambda *a, **k: everyone)
+    assert "gradient of encoder" in found_wrong()
 
 
 def test_pairs_that_were_not_kept_are_seen(
