@@ -23,7 +23,8 @@ check: setup
 	$(BIN)/pytest -n 2 -m 'not gpu'
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/triton  # the interpreter is chosen before Triton is imported
 
-# A GPU machine may have torch and Triton but neither network nor package: the sources are enough.
+# A GPU machine may have torch and Triton but neither network nor package: the sources are enough for the kernels, and
+# pydantic, xxhash and pyyaml beside them for the trainer.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 GPU_OUT ?= runs/gpu
 

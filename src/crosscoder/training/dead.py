@@ -25,7 +25,7 @@ class DeadLatents(nn.Module):
     def update(self, activity: Activity) -> None:
         """Count the rows of one training step."""
         self.rows_since_fired += activity.num_rows
-        self.rows_since_fired[activity.by_latent > 0] = 0
+        self.rows_since_fired.masked_fill_(activity.by_latent > 0, 0)
 
     @property
     def ids(self) -> Int[Tensor, "dead"]:
