@@ -14,7 +14,7 @@ from crosscoder.analysis.diff_data import most_specific
 from crosscoder.analysis.label_scores import DetectorScore, LabelScore, LabelScores
 from crosscoder.analysis.latent_cards import LatentCard, highlighted, percent
 from crosscoder.analysis.markup import page, plain, visible
-from crosscoder.analysis.plots import Axes, bars
+from crosscoder.analysis.plots import Axes, Curve, bars, curves, tiles
 from crosscoder.analysis.report import ReportData, report
 
 from .worlds import random_crosscoder
@@ -202,3 +202,22 @@ def test_an_empty_class_does_not_break_the_plots() -> None:
     dead = latent_classes(random_crosscoder(), a="base", b="chat", density=torch.zeros(20))
     html = report(ReportData(dead, data.facts, data.evaluation, np.zeros(20), {}, [], []))
     assert "Of 0 latents that fire" in html
+
+
+def test_curves_lie_where_their_points_are() -> None:
+    """A line from corner to corner, and a band around it that goes there and back."""
+    line = Curve("a", [0.0, 1.0], [0.0, 2.0], low=[0.0, 1.0], high=[1.0, 2.0])
+    svg = curves([line], x_ticks={}, labels=("x", "y"), title="t", top=2.0)
+    axes = Axes(0.0, 1.0, 2.0)
+    start, end = f"{axes.x(0):.1f},{axes.y(0):.1f}", f"{axes.x(1):.1f},{axes.y(2):.1f}"
+    assert f'<polyline class="line a" points="{start} {end}"/>' in svg
+    low, high = f"{axes.x(1):.1f},{axes.y(1):.1f}", f"{axes.x(0):.1f},{axes.y(1):.1f}"
+    assert f'<polygon class="band a" points="{high} {end} {low} {start}"/>' in svg
+
+
+def test_tiles_count_every_point_and_take_the_colour_of_most() -> None:
+    """Three points in one cell and one beyond the edge: two squares that hold four latents."""
+    x, y = np.array([0.1, 0.1, 0.1, 7.0]), np.array([0.1, 0.1, 0.1, 0.5])
+    svg = tiles(x, y, span=(0.0, 1.0), kinds=["a", "b", "b", "a"], cuts=(0.2, None), labels=("x", "y"), title="t")
+    assert svg.count("<rect") == 2 and svg.count('class="cut"') == 1
+    assert 'class="tile t8 fill b"' in svg and "<title>3 latents</title>" in svg and "<title>1 latents</title>" in svg
