@@ -10,6 +10,7 @@
     ├── UnsupportedModel        an architecture whose sites cannot be trusted
     ├── UnsupportedSite         a site that this model does not have
     ├── TokenizerMismatch       two models that do not share their tokens
+    ├── ModelMismatch           a model that is not the one a crosscoder was trained on
     ├── TextError               a data set that is missing, empty or of another shape
     ├── FileFormatError         a file that is truncated, foreign or newer than this package
     ├── NotCalibrated           BatchTopK asked to encode row by row before it has a threshold
@@ -75,6 +76,10 @@ class UnsupportedSite(CrosscoderError):
 
 class TokenizerMismatch(CrosscoderError):
     """Two models that do not share their tokens."""
+
+
+class ModelMismatch(CrosscoderError):
+    """A model that is not the one which a crosscoder was trained on."""
 
 
 class TextError(CrosscoderError):

@@ -75,8 +75,8 @@ def labelled_rows(
         role=text.roles.numpy()[token].astype(np.int64),
         document=text.document.numpy()[token].astype(np.int64),
         x=np.concatenate(x).astype(np.float64),
-        code=_joined(codes),
-        baseline_code=_joined(baseline_codes) if baseline_codes else None,
+        code=joined(codes),
+        baseline_code=joined(baseline_codes) if baseline_codes else None,
         mean=(total / max(1, num_rows)).numpy(),
     )
 
@@ -112,7 +112,7 @@ def _baseline_columns(crosscoder: Crosscoder, baseline: Crosscoder | None) -> li
     return [c for key in baseline.reads.keys for c in range(*crosscoder.sources.slices[key].indices(10**9))]
 
 
-def _joined(codes: Sequence[SparseCode]) -> SparseCode:
+def joined(codes: Sequence[SparseCode]) -> SparseCode:
     """Several codes one below the other, on the CPU."""
     lengths = torch.cat([code.row_pointers.diff().cpu() for code in codes])
     return SparseCode(

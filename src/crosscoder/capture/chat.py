@@ -54,7 +54,19 @@ def render(document: Document, tokenizer: Tokenizer) -> Rendered:
     return Rendered(text, spans)
 
 
-def _apply(document: Document, messages: tuple[Message, ...], tokenizer: Tokenizer) -> str:
+def awaiting_reply(document: Document, tokenizer: Tokenizer) -> Rendered:
+    """The dialogue as the model sees it when it is to reply: rendered, and behind it what opens a reply."""
+    rendered = render(document, tokenizer)
+    assert not isinstance(document.content, str), "only dialogues are replied to"
+    text = _apply(document, document.content, tokenizer, opens_reply=True)
+    if not text.startswith(rendered.text):
+        raise _refusal(document, "the chat template rewrites the dialogue when a reply is to follow")
+    return Rendered(text, rendered.spans)
+
+
+def _apply(
+    document: Document, messages: tuple[Message, ...], tokenizer: Tokenizer, *, opens_reply: bool = False
+) -> str:
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is None:
@@ -64,7 +76,7 @@ def _apply(document: Document, messages: tuple[Message, ...], tokenizer: Tokeniz
         )
     turns: Any = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False))
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opens_reply))
     except TemplateError as error:
         raise _refusal(document, f"the chat template refuses it: {error}") from error
 

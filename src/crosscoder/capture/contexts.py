@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 
 from crosscoder.activations import ROLES
-from crosscoder.capture.chat import render
+from crosscoder.capture.chat import Rendered, render
 from crosscoder.capture.huggingface import Tokenizer
 from crosscoder.capture.text import Document, Drop
 
@@ -82,7 +82,10 @@ class Encoder:
 
     def encode(self, document: Document, *, separator: bool) -> Tokens:
         """The document's tokens without BOS; with `separator`, EOS closes it where the tokenizer has one."""
-        rendered = render(document, self.tokenizer)
+        return self.encode_rendered(render(document, self.tokenizer), separator=separator)
+
+    def encode_rendered(self, rendered: Rendered, *, separator: bool) -> Tokens:
+        """The tokens of text that is rendered already."""
         encoded = self.tokenizer(
             rendered.text,
             add_special_tokens=False,
