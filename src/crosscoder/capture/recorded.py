@@ -1,7 +1,7 @@
 """Whether models at hand are those that a crosscoder was trained on.
 
-Weights are compared by their hash (`fingerprints`), and only between models that are held in one dtype: rounding changes
-every weight. What a file does not record cannot be compared.
+Weights are compared by their hash (`fingerprints`), and only between models that are held in one dtype: rounding
+changes every weight. What a file does not record cannot be compared.
 """
 
 from __future__ import annotations
@@ -44,10 +44,7 @@ def _compare(alias: str, mine: Mapping[str, str | None], there: Mapping[str, Any
         raise ModelMismatch(
             f"the model {alias} is not the one that the crosscoder was trained on.",
             details=[
-                line
-                for name in different
-                for line in (f"{name} recorded   {there[name]}", f"{name} found      {mine[name]}")
-            ]
-            + [f"path recorded   {there.get('path')}", f"path found      {mine['path']}"],
+                f"{name}: recorded {there.get(name)}, found {mine[name]}" for name in ("path", "revision", *different)
+            ],
             hint="Give the model as it was then: its path, revision and adapter are in the crosscoder's config.json.",
         )
