@@ -2,17 +2,68 @@
 
 density                  share of rows on which it is active; density_<role>: share of that role's rows
 mean_value, max_value    of raw f, before any decoder norm, over the rows on which it is active
+dead, dense              active on no row; active on more than `DENSE` of them
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import pyarrow as pa
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from crosscoder.activations import ROLES, Batch
 from crosscoder.codes import SparseCode
 from crosscoder.crosscoder import Crosscoder
+
+DENSE = 0.1
+"""Of the rows: a latent active on more is dense. It is where the frequency penalty of Gemma Scope 2 sets in."""
+
+
+@dataclass(frozen=True)
+class DensityFlags:
+    """Which latents are dead, active on no row of the analysis set, and which are dense, on more than `cut` of them."""
+
+    density: Float[Tensor, "latents"]
+    cut: float
+    dead: Bool[Tensor, "latents"]
+    dense: Bool[Tensor, "latents"]
+
+    @property
+    def dense_latents(self) -> Int[Tensor, "some"]:
+        """The dense latents, densest first."""
+        order = self.density.argsort(descending=True, stable=True)
+        return order[: int(self.dense.sum())]
+
+    def table(self) -> pa.Table:
+        """One row per latent."""
+        return pa.table(
+            {
+                "latent": pa.array(range(len(self.density)), pa.int32()),
+                "density": pa.array(self.density.float().cpu().numpy()),
+                "dead": pa.array(self.dead.cpu().numpy()),
+                "dense": pa.array(self.dense.cpu().numpy()),
+            }
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """How many are dead and how many dense, and which share of all active pairs the dense ones have."""
+        active = float(self.density.sum())
+        return {
+            "cut": self.cut,
+            "num_latents": len(self.density),
+            "num_dead": int(self.dead.sum()),
+            "num_dense": int(self.dense.sum()),
+            "share_of_active_pairs_dense": float(self.density[self.dense].sum()) / active if active else None,
+        }
+
+
+def density_flags(density: Float[Tensor, "latents"], *, cut: float = DENSE) -> DensityFlags:
+    """Flags from the share of rows on which each latent is active."""
+    return DensityFlags(density, cut, dead=density == 0, dense=density > cut)
 
 
 class LatentStatistics:
@@ -62,5 +113,7 @@ class LatentStatistics:
             name: pa.array(column.float().numpy(), mask=None if "/" not in name else ~writes[name.split("/", 1)[1]])
             for name, column in columns.items()
         }
-        latent, dead = pa.array(range(self.num_latents), pa.int32()), pa.array((counts == 0).numpy())
-        return pa.table({"latent": latent, "dead": dead, "num_active": pa.array(counts.numpy())} | arrays)
+        flags = density_flags(self.density)
+        latent, dead = pa.array(range(self.num_latents), pa.int32()), pa.array(flags.dead.numpy())
+        first = {"latent": latent, "dead": dead, "num_active": pa.array(counts.numpy())}
+        return pa.table(first | arrays | {"dense": pa.array(flags.dense.numpy())})

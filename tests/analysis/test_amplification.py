@@ -1,0 +1,73 @@
+"""Amplification by hand, and on a world in which b has some concepts at twice or half the strength."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from crosscoder.analysis.amplification import Carried, amplification
+from crosscoder.errors import SourceMismatch
+
+
+def carried(name: str, norm: list[float], beta: list[float]) -> Carried:
+    return Carried(name, torch.tensor(norm).double(), torch.tensor(beta).double())
+
+
+def test_ratios_by_hand() -> None:
+    """Twice, half, as strong; not carried at all; and a norm of zero."""
+    a = carried("a", [1, 2, 1, 1, 0], [1, 1, 1, -0.1, 1])
+    b = carried("b", [1, 1, 4, 1, 1], [2, 1, 0.25, 1, 1])
+    found = amplification(a, b, num_active=torch.tensor([100, 100, 100, 100, 100]))
+    assert found.norm_ratio.tolist()[:4] == [0, -1, 2, 0] and found.norm_ratio[4].isnan()
+    assert found.activation_ratio.tolist()[:3] == [1, -1, 0] and bool(found.activation_ratio[3:].isnan().all())
+    assert found.most("amplified").tolist() == [0] and found.most("attenuated").tolist() == [1]
+    assert found.most("amplified", by="norm").tolist() == [2]
+    assert found.table()["activation_ratio"].to_pylist() == [1, -1, 0, None, None]
+    spread = found.to_json()["log2_activation_ratio"]
+    assert (spread["num_doubled"], spread["num_halved"], spread["num_without"]) == (1, 1, 2)
+
+
+def test_swapping_the_models_turns_the_sign() -> None:
+    """`ratio(b, a) = −ratio(a, b)`, and amplified and attenuated change places."""
+    generator = torch.Generator().manual_seed(0)
+    norm, beta = torch.rand(2, 50, generator=generator) + 0.1, torch.rand(2, 50, generator=generator) + 0.1
+    a, b = (Carried(name, norm[i], beta[i]) for i, name in enumerate("ab"))
+    count = torch.full((50,), 100)
+    forth, back = amplification(a, b, num_active=count), amplification(b, a, num_active=count)
+    torch.testing.assert_close(forth.activation_ratio, -back.activation_ratio)
+    assert forth.most("amplified", num=5).tolist() == back.most("attenuated", num=5).tolist()
+
+
+def test_only_active_latents_of_those_asked_about_are_ranked() -> None:
+    """A rare latent and one outside the set are in the table, not in the ranking; an empty set has no quartiles."""
+    a, b = carried("a", [1] * 4, [1] * 4), carried("b", [1] * 4, [8, 4, 2, 1])
+    count, among = torch.tensor([9, 100, 100, 100]), torch.tensor([True, False, True, True])
+    found = amplification(a, b, num_active=count, among=among, min_active=10, density={"user": torch.ones(4)})
+    assert found.most("amplified").tolist() == [2]
+    assert found.table().to_pylist()[0]["activation_ratio"] == 3 and "density_user" in found.table().column_names
+    none = amplification(a, b, num_active=count, among=~among & (count > 1000))
+    assert none.to_json()["log2_norm_ratio"]["median"] is None
+
+
+def test_planted_strengths_come_out_whatever_the_norms_say() -> None:
+    """Least squares of activations along each side's rows: b's strengths 2, ½ and 1, with norms that hide them."""
+    generator = torch.Generator().manual_seed(1)
+    directions = torch.linalg.qr(torch.randn(16, 3, generator=generator).double()).Q.T
+    f = torch.rand(2000, 3, generator=generator).double() * (torch.rand(2000, 3, generator=generator) < 0.2)
+    strength = {"a": torch.tensor([1.0, 1.0, 1.0]).double(), "b": torch.tensor([2.0, 0.5, 1.0]).double()}
+    norms = {"a": torch.tensor([1.0, 1.0, 2.0]).double(), "b": torch.tensor([1.0, 1.0, 0.3], dtype=torch.float64)}
+    sides = {}
+    for name in "ab":
+        x, rows = (f * strength[name]) @ directions, norms[name][:, None] * directions
+        beta = [float(torch.linalg.lstsq((f[:, i : i + 1, None] * rows[i]).reshape(-1, 1), x.reshape(-1, 1)).solution)
+                for i in range(3)]  # fmt: skip
+        sides[name] = Carried(name, norms[name], torch.tensor(beta).double())
+    found = amplification(sides["a"], sides["b"], num_active=(f > 0).sum(0))
+    torch.testing.assert_close(found.activation_ratio, torch.tensor([1.0, -1.0, 0.0]).double(), atol=1e-9, rtol=0)
+    assert found.norm_ratio.tolist() != [0, 0, 0]
+
+
+def test_parts_of_different_crosscoders_are_refused() -> None:
+    """Every part is of the same latents."""
+    with pytest.raises(SourceMismatch, match="different numbers"):
+        amplification(carried("a", [1], [1]), carried("b", [1], [1]), num_active=torch.tensor([1, 2]))
