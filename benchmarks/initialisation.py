@@ -27,7 +27,8 @@ import planted
 import torch
 from torch import Tensor
 
-from crosscoder.analysis import CountsBeyond, NullPair, counts_beyond, evaluate, latent_classes, null_band
+from crosscoder.analysis import CountsBeyond, counts_beyond, evaluate, latent_classes, null_band
+from crosscoder.capture.null_pair import NullPair
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.initialisation import Across
 from crosscoder.nonlinearities import BatchTopK
@@ -84,16 +85,17 @@ def train_all(rows: planted.TrainingRows, held: planted.Held, options: argparse.
     """Every kind, choice and seed; all on the same rows in the same order."""
     of = rows.sources
     keys = [of.resolve(alias).key for alias in ("base", "chat")]
+    pair = of.subset(keys)
     first = [x for _, x in rows.batches()][: max(4, min(100, len(rows.x) // planted.BATCH_SIZE // 4))]
     measured = NullPair(planted.Held(of, [planted.Batch(x) for x in first]), a="base", b="chat", num_rows=10**9)
     for seed in range(options.seeds):
         null = NullPair(planted.Held(of, []), a="base", b="chat", difference=measured.difference, seed=seed)
-        views = {"null": planted.noisy(null), "pair": planted.columns_of(of, keys)}
+        views = {"null": planted.noisy(null, keys), "pair": planted.columns_of(of, keys)}
         for kind, (view, held_view) in views.items():
-            fitted = normaliser.fit(null.sources, (view(x, i * len(x)) for i, x in enumerate(first)))
+            fitted = normaliser.fit(pair, (view(x, i * len(x)) for i, x in enumerate(first)))
             for across in CHOICES:
                 cc = Crosscoder(
-                    acausal(null.sources, num_latents=options.latents),
+                    acausal(pair, num_latents=options.latents),
                     BatchTopK(options.k),
                     seed=seed,
                     across_sources=across,
@@ -102,7 +104,7 @@ def train_all(rows: planted.TrainingRows, held: planted.Held, options: argparse.
                 size = TrainConfig(
                     num_tokens=len(rows.x), batch_size=planted.BATCH_SIZE, learning_rate=options.learning_rate
                 )
-                member = planted.Trained(kind, seed, null.sources, view, held_view, Trainer(cc, size))
+                member = planted.Trained(kind, seed, pair, view, held_view, Trainer(cc, size))
                 planted.train(member, rows)
                 yield measure(member, held, across)
 

@@ -36,7 +36,6 @@ from crosscoder.analysis import (
     CountsBeyond,
     LabelScores,
     LabelSpan,
-    NullPair,
     counts_beyond,
     evaluate,
     label_scores,
@@ -54,6 +53,7 @@ from crosscoder.capture import (
     StudiedModel,
     TextConfig,
 )
+from crosscoder.capture.null_pair import NullPair
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.demo.files import data_path
 from crosscoder.nonlinearities import BatchTopK
@@ -223,7 +223,8 @@ def prepare(rows: TrainingRows, options: argparse.Namespace) -> list[Trained]:
                 _member(kind, seed, of.subset([keys[a], keys[b]]), columns_of(of, [keys[a], keys[b]]), options)
             )
             made_up = NullPair(measured, a=a, b=b, difference=null.difference, seed=seed)
-            members.append(_member(NULLS[kind], seed, made_up.sources, noisy(made_up), options))
+            pair = [keys[a], keys[b]]
+            members.append(_member(NULLS[kind], seed, of.subset(pair), noisy(made_up, pair), options))
     members += [
         _member("sae-base", seed, of.subset([keys["base"]]), columns_of(of, [keys["base"]]), options)
         for seed in range(options.seeds)
@@ -241,11 +242,12 @@ def columns_of(sources: SourceSet, keys: Sequence[str]) -> tuple[View, View]:
     return (lambda x, first: x[:, columns]), (lambda x, first: x[:, columns])
 
 
-def noisy(null: NullPair) -> tuple[View, View]:
-    """The null pair's rows; held-out rows get noise of their own."""
+def noisy(null: NullPair, keys: Sequence[str]) -> tuple[View, View]:
+    """The null pair's rows at its two sources; held-out rows get noise of their own."""
+    columns = torch.tensor(null.sources.columns(keys))
     return (
-        lambda x, first: null.null_rows(x, first_row=first),
-        lambda x, first: null.null_rows(x, first_row=first, stream="contexts"),
+        lambda x, first: null.null_rows(x, first_row=first)[:, columns],
+        lambda x, first: null.null_rows(x, first_row=first, stream="contexts")[:, columns],
     )
 
 

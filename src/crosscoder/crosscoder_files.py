@@ -238,7 +238,9 @@ def model_card(crosscoder: Crosscoder) -> str:
         f"| {g.name} | {g.num_latents:,} | {', '.join(g.reads)} | {', '.join(g.writes)} |" for g in crosscoder.wiring
     )
     k = active_per_row(crosscoder.nonlinearity)
+    null = crosscoder.provenance.get("null_pair")
     return _CARD.format(
+        control="" if null is None else f"\n**A control, not of two models.** One source is made up: {null}.\n",
         header=data.to_yaml(),
         num_latents=f"{crosscoder.num_latents:,}",
         nonlinearity=crosscoder.nonlinearity.kind + (f" (k = {k})" if k else ""),
@@ -274,7 +276,7 @@ _CARD = """---
 ---
 
 # Crosscoder
-
+{control}
 {num_latents} latents, nonlinearity {nonlinearity}. Weights are in space: {space}.
 
 | source | width |

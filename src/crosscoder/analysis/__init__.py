@@ -4,7 +4,7 @@ Functions of a crosscoder and activations that return small dataclasses; `evalua
 """
 
 from crosscoder.analysis.classes import CUTOFFS, CutOffs, LatentClasses, Twins, latent_classes, relative_norm, twins
-from crosscoder.analysis.controls import Band, CountsBeyond, NullPair, counts_beyond, null_band
+from crosscoder.analysis.controls import Band, CountsBeyond, counts_beyond, null_band
 from crosscoder.analysis.cross_entropy import CrossEntropy
 from crosscoder.analysis.evaluation import Evaluation, evaluate
 from crosscoder.analysis.exemplars import Exemplars
@@ -29,7 +29,6 @@ __all__ = [
     "LatentClasses",
     "LatentStatistics",
     "LogitLens",
-    "NullPair",
     "Twins",
     "counts_beyond",
     "diff_run",

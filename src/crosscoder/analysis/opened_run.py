@@ -19,6 +19,7 @@ from crosscoder.capture.derived import derived
 from crosscoder.capture.huggingface import Tokenizer
 from crosscoder.capture.loading import load_tokenizer
 from crosscoder.capture.models import StudiedModel
+from crosscoder.capture.null_pair import Difference
 from crosscoder.capture.stream import ActivationStream
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.crosscoder_files import tensors_of
@@ -27,6 +28,7 @@ from crosscoder.progress import Progress, silent
 from crosscoder.training import runfile
 from crosscoder.training.config import RunConfig
 from crosscoder.training.directory import RunDirectory
+from crosscoder.training.null_pairs import made_up, measured
 
 
 @dataclass(frozen=True)
@@ -78,22 +80,44 @@ class OpenedRun:
         return mine
 
     def activations(self) -> ActivationSource:
-        """Activations of the crosscoder's sources over the analysis set."""
-        sources = self.crosscoder.sources
-        return derived(ActivationStream(self.models, sources.underlying, self.text, seed=self.config.seed), sources)
+        """Activations of the crosscoder's sources over the analysis set; of a null pair with its made-up source."""
+        made = made_up(self._as_models_give(self.text), self.config.activations.null_pair, self._difference)
+        return derived(made, self.crosscoder.sources)
+
+    @property
+    def models_to_splice(self) -> dict[str, StudiedModel] | None:
+        """The models that cross-entropy can be measured with: none for encoders, nor where a source is made up."""
+        encoders = any(model.architecture.family.encoder for model in self.models.values())
+        return None if encoders or self.config.activations.null_pair is not None else self.models
+
+    @cached_property
+    def _difference(self) -> Difference | None:
+        """What a structureless null pair was made up with: of the run directory, or measured again on its text."""
+        if self.home is not None and self.home.difference.is_file():
+            return Difference.load(self.home.difference)
+        null = self.config.activations.null_pair
+        return None if null is None else measured(null, self._as_models_give(self._corpus()))
+
+    def _as_models_give(self, text: AnalysisSet | Corpus) -> ActivationStream:
+        return ActivationStream(self.models, self.crosscoder.sources.underlying, text, seed=self.config.seed)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the crosscoder's tensors and of the analysis set: which results belong together."""
+        """A hash of tensors, analysis set and null pair, where there is one: which results belong together."""
         digest = xxh3_128(self.text.hash.encode())
+        if self.config.activations.null_pair is not None:
+            digest.update(self.config.activations.null_pair.model_dump_json().encode())
         for name, tensor in sorted(tensors_of(self.crosscoder).items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def _corpus_set(self) -> AnalysisSet:
+        return self._corpus().held_out()
+
+    def _corpus(self) -> Corpus:
         self.progress("opening the text", 0, None)
-        return Corpus(self.config.text, self.tokenizer, seed=self.config.seed).held_out()
+        return Corpus(self.config.text, self.tokenizer, seed=self.config.seed)
 
 
 def open_run(path: str | Path, *, out: str | Path | None = None, progress: Progress = silent) -> OpenedRun:

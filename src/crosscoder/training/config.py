@@ -36,6 +36,8 @@ from crosscoder.training.dictionary_config import (
     WarmStartConfig,
     check_penalty,
 )
+from crosscoder.training.null_pairs import NullConfig
+from crosscoder.training.null_pairs import check as check_null_pair
 from crosscoder.training.settings import Count, Fraction, Settings
 from crosscoder.training.wiring_config import AcausalConfig, SaeConfig, WiringConfig
 
@@ -74,6 +76,9 @@ class LiveActivations(Settings):
     )
     passes: Count = Field(
         default=1, description="How often each fill of the buffer is served, shuffled anew every time."
+    )
+    null_pair: NullConfig | None = Field(
+        default=None, description="Make one source up from another, for a control; null: sources as models give them."
     )
 
 
@@ -230,6 +235,8 @@ class RunConfig(Settings):
             )
         check_penalty(self.nonlinearity.build(), self.sparsity)
         sources = self.source_set(dict.fromkeys(self.harvested_keys, 1))
+        if self.activations.null_pair is not None:
+            check_null_pair(self.activations.null_pair, sources)
         wiring = self.wiring.build(sources)
         nonlinearities.check(wiring, self.nonlinearity.build())
         if self.losses.delta is not None and len({wiring.writes.resolve(s) for s in self.losses.delta.pair}) < 2:

@@ -39,6 +39,11 @@ class RunDirectory:
         return self.path / "analysis"
 
     @property
+    def difference(self) -> Path:
+        """The moments that a structureless null pair was made up with."""
+        return self.path / "null_pair.safetensors"
+
+    @property
     def finished(self) -> bool:
         """Whether training reached its last step."""
         return (self.crosscoder / "config.json").exists()

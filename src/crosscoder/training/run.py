@@ -25,19 +25,21 @@ from crosscoder.capture.corpus import Corpus
 from crosscoder.capture.derived import derived
 from crosscoder.capture.harvest import storage_dtype
 from crosscoder.capture.models import StudiedModel
+from crosscoder.capture.null_pair import Difference
 from crosscoder.capture.stream import ActivationStream
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import RunConflict, TrainingDiverged
 from crosscoder.groups import Columns
 from crosscoder.progress import Progress, silent
 from crosscoder.sources import SourceSet, split_key
-from crosscoder.training import checkpoint, normaliser, several
+from crosscoder.training import checkpoint, normaliser, null_pairs, several
 from crosscoder.training.checkpoint import Checkpoint
 from crosscoder.training.config import RunConfig
 from crosscoder.training.directory import RunDirectory, common_checkpoints
 from crosscoder.training.firing_fraction import set_firing_fraction
 from crosscoder.training.hooks import Checkpointer, Recorder, StopRequest
 from crosscoder.training.meter import Meter
+from crosscoder.training.null_pairs import made_up
 from crosscoder.training.sinks import JsonlSink, RunStart, Sink, SinkGroup
 from crosscoder.training.trainer import Trainer
 from crosscoder.training.warm_start import warm_start
@@ -62,12 +64,13 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Study:
-    """What a run looks at: its models, sources and text."""
+    """What a run looks at: its models, sources and text; of a structureless null pair also the true difference."""
 
     run: RunConfig
     models: Mapping[str, StudiedModel]
     sources: SourceSet
     corpus: Corpus
+    difference: Difference | None = None
 
     @classmethod
     def open(cls, run: RunConfig, *, progress: Progress = silent) -> Study:
@@ -85,10 +88,21 @@ class Study:
         """The same models, sources and text for another dictionary; its derived settings follow from them."""
         return replace(self, run=run.resolved(widths=run.wiring.build(self.sources).writes.widths))
 
+    def measured(self, directory: RunDirectory, *, progress: Progress = silent) -> Study:
+        """The same, with the true difference of a null pair: the one of the run directory, or measured now."""
+        if directory.latest_checkpoint is not None and directory.difference.exists():
+            return replace(self, difference=Difference.load(directory.difference))
+        null = self.run.activations.null_pair
+        return replace(self, difference=null_pairs.measured(null, self._as_models_give(self.corpus, progress)))
+
     def stream(self, text: Corpus | AnalysisSet, *, progress: Progress = silent) -> ActivationSource:
         """Activations of the run's sources over its training text, or over a fixed set of contexts."""
+        stream = self._as_models_give(text, progress)
+        return derived(made_up(stream, self.run.activations.null_pair, self.difference), self.sources)
+
+    def _as_models_give(self, text: Corpus | AnalysisSet, progress: Progress) -> ActivationStream:
         row = bytes_per_row(self.sources.underlying.width, storage_dtype(self.models))
-        stream = ActivationStream(
+        return ActivationStream(
             self.models,
             self.sources.underlying,
             text,
@@ -97,7 +111,6 @@ class Study:
             seed=self.run.seed,
             progress=progress,
         )
-        return derived(stream, self.sources)
 
     def new_crosscoder(self) -> Crosscoder:
         """The untrained crosscoder of the run."""
@@ -114,11 +127,12 @@ class Study:
 
     def provenance(self) -> dict[str, Any]:
         """Models, tokenizer, text and configuration, for `config.json`; never text itself."""
+        null = self.run.activations.null_pair
         return {
             "models": {alias: model.identity for alias, model in self.models.items()},
             "tokenizer": {"model": self.run.text.tokenizer, "vocabulary": self.corpus.vocabulary},
             "run": self.run.model_dump(mode="json"),
-        }
+        } | ({} if null is None else {"null_pair": null.in_words()})
 
 
 @dataclass(frozen=True)
@@ -199,13 +213,15 @@ def _lanes(
     )
     receivers = [sinks(directory.path.name) for _, directory in runs]
     starts = [_dictionaries(run) for run, _ in runs]
-    study = Study.open(runs[0][0], progress=progress)
+    study = Study.open(runs[0][0], progress=progress).measured(runs[0][1], progress=progress)
     studies = [study.of(run) for run, _ in runs]
     stream = study.stream(study.corpus, progress=progress)  # every check of models and text is behind us now
     held_out = study.corpus.held_out()
     for each, (_, directory) in zip(studies, runs, strict=True):
         each.run.dump(directory.config)
         _keep_analysis_set(held_out, directory)
+        if study.difference is not None and directory.latest_checkpoint is None:
+            study.difference.save(directory.difference)
     validation = list(_first_rows(study.stream(held_out).contexts(), VALIDATION_ROWS))
     crosscoders = [each.new_crosscoder() for each in studies]
     if not checkpoints:
