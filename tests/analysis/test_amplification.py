@@ -10,7 +10,7 @@ from crosscoder.errors import SourceMismatch
 
 
 def carried(name: str, norm: list[float], beta: list[float]) -> Carried:
-    return Carried(name, torch.tensor(norm).double(), torch.tensor(beta).double())
+    return Carried(name, torch.tensor(norm).double(), torch.tensor(beta, dtype=torch.float64))
 
 
 def test_ratios_by_hand() -> None:
@@ -61,7 +61,7 @@ def test_planted_strengths_come_out_whatever_the_norms_say() -> None:
         x, rows = (f * strength[name]) @ directions, norms[name][:, None] * directions
         beta = [float(torch.linalg.lstsq((f[:, i : i + 1, None] * rows[i]).reshape(-1, 1), x.reshape(-1, 1)).solution)
                 for i in range(3)]  # fmt: skip
-        sides[name] = Carried(name, norms[name], torch.tensor(beta).double())
+        sides[name] = Carried(name, norms[name], torch.tensor(beta, dtype=torch.float64))
     found = amplification(sides["a"], sides["b"], num_active=(f > 0).sum(0))
     torch.testing.assert_close(found.activation_ratio, torch.tensor([1.0, -1.0, 0.0]).double(), atol=1e-9, rtol=0)
     assert found.norm_ratio.tolist() != [0, 0, 0]
