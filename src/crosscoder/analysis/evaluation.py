@@ -19,7 +19,7 @@ from torch import Tensor
 
 from crosscoder.activations import ActivationSource
 from crosscoder.analysis.cross_entropy import CrossEntropy, cross_entropies
-from crosscoder.analysis.passes import Observer, evaluating, watch
+from crosscoder.analysis.passes import Observer, ReconstructionObserver, evaluating, watch
 from crosscoder.analysis.replacement import ReplacementModel, replacement_model
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.models import StudiedModel
@@ -104,11 +104,13 @@ def evaluate(
     text: AnalysisSet | None = None,
     num_ce_tokens: int = 20_000,
     observers: Sequence[Observer] = (),
+    reconstructions: Sequence[ReconstructionObserver] = (),
     progress: Progress = silent,
 ) -> Evaluation:
     """Evaluate on all of `activations.contexts()`, and on the models' predictions when `models` and `text` are given.
 
-    `observers` see every batch and its code in the same pass. The crosscoder's mode is restored.
+    `observers` see every batch and its code in the same pass, `reconstructions` (such as `ScalingSums`) what the code
+    gives back too. The crosscoder's mode is restored.
     """
     if models is not None and text is None:
         raise TextError(
@@ -116,7 +118,9 @@ def evaluate(
             hint="Give text=AnalysisSet, the set that the activations are of.",
         )
     num_rows = None if text is None else int(text.kept.sum())
-    statistics = watch(crosscoder, activations, observers, num_rows=num_rows, progress=progress)
+    statistics = watch(
+        crosscoder, activations, observers, reconstructions=reconstructions, num_rows=num_rows, progress=progress
+    )
     cross_entropy: dict[str, CrossEntropy] = {}
     replacement: ReplacementModel | None = None
     if models is not None and text is not None:

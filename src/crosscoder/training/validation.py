@@ -12,6 +12,7 @@ there are left out of it. `dead` counts latents that never fired on the rows see
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,43 @@ from crosscoder.activations import Batch
 from crosscoder.codes import SparseCode
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.groups import Columns
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Rows at the written sources in normalised space, their code, and what it gives back: `error = x − reconstruction`.
+
+    All are packed over `crosscoder.writes`, whether or not the normaliser is folded into the weights.
+    """
+
+    x: Float[Tensor, "rows writes"]
+    code: SparseCode
+    reconstruction: Float[Tensor, "rows writes"]
+    error: Float[Tensor, "rows writes"]
+
+
+class Reconstructor:
+    """Encodes and decodes raw rows packed over `crosscoder.sources`, once for all who look at them."""
+
+    def __init__(self, crosscoder: Crosscoder) -> None:
+        self.crosscoder = crosscoder
+        self._reads = Columns(crosscoder.sources, crosscoder.reads.keys)
+        self._writes = Columns(crosscoder.sources, crosscoder.writes.keys)
+        self._scale = crosscoder.scale_columns(crosscoder.sources)
+
+    @torch.no_grad()
+    def __call__(self, x: Float[Tensor, "rows width"]) -> Reconstruction:
+        """The reconstruction of raw rows."""
+        cc = self.crosscoder
+        raw = x.to(cc.mean)
+        normalised = (raw - cc.mean) * self._scale
+        reads = self._reads(raw if cc.folded_normaliser else normalised)
+        code = cc.encode_normalised(reads)
+        found = cc.decode_normalised(code, reads)
+        if cc.folded_normaliser:
+            found = (found - self._writes(cc.mean)) * self._writes(self._scale)
+        target = self._writes(normalised)
+        return Reconstruction(target, code, found, target - found)
 
 
 class ReconstructionStatistics:
@@ -36,21 +74,15 @@ class ReconstructionStatistics:
         self._sum = torch.zeros(crosscoder.writes.width, dtype=torch.float64, device=device)
         self._ratio = torch.zeros(2, dtype=torch.float64, device=device)  # sum of ratios, rows that have one
         self._fired = torch.zeros(crosscoder.num_latents, dtype=torch.int64, device=device)
-        self._reads = Columns(crosscoder.sources, crosscoder.reads.keys)
-        self._writes = Columns(crosscoder.sources, crosscoder.writes.keys)
-        self._scale = crosscoder.scale_columns(crosscoder.writes)
+        self._reconstructor = Reconstructor(crosscoder)
+
+    def update(self, x: Float[Tensor, "rows width"]) -> Reconstruction:
+        """Encode and decode raw rows packed over `crosscoder.sources`, add them to the sums, and give what was found."""
+        found = self._reconstructor(x)
+        self.add(found.x, error=found.error, code=found.code)
+        return found
 
     @torch.no_grad()
-    def update(self, x: Float[Tensor, "rows width"]) -> SparseCode:
-        """Encode and decode raw rows packed over `crosscoder.sources`, add them to the sums, and give their code."""
-        x = x.to(self.crosscoder.mean)
-        target = self._writes(x)
-        reads = self._reads(x)
-        code = self.crosscoder.encode(reads)
-        error = (target - self.crosscoder.decode(code, reads)) * self._scale
-        self.add((target - self._writes(self.crosscoder.mean)) * self._scale, error=error, code=code)
-        return code
-
     def add(self, x: Float[Tensor, "rows writes"], *, error: Float[Tensor, "rows writes"], code: SparseCode) -> None:
         """Add rows whose normalised writes `x`, error `x̃ − x̂̃` and code are at hand."""
         square, err = self._row_squares(x), self._row_squares(error)
