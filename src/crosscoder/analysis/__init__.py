@@ -11,6 +11,7 @@ from crosscoder.analysis.exemplars import Exemplars
 from crosscoder.analysis.label_scores import LabelScore, LabelScores, label_scores
 from crosscoder.analysis.labels import LabelSpan, read_labels
 from crosscoder.analysis.logit_lens import LogitLens, logit_lens
+from crosscoder.analysis.pair_controls import PairControls, read_controls
 from crosscoder.analysis.runs import Diff, diff_run, evaluate_run
 from crosscoder.analysis.statistics import LatentStatistics
 
@@ -29,6 +30,7 @@ __all__ = [
     "LatentClasses",
     "LatentStatistics",
     "LogitLens",
+    "PairControls",
     "Twins",
     "counts_beyond",
     "diff_run",
@@ -38,6 +40,7 @@ __all__ = [
     "latent_classes",
     "logit_lens",
     "null_band",
+    "read_controls",
     "read_labels",
     "relative_norm",
     "twins",

@@ -70,8 +70,7 @@ def logit_lens(
             hint="Use a source at resid_mid, resid_post, attn_out or mlp_out.",
         )
     rows = crosscoder.decoder_rows(key, "raw")[list(latents)]
-    directions = rows / rows.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(rows.dtype).tiny)
-    found = [_promoted(model, part).topk(num_tokens, dim=1) for part in directions.split(_BLOCK)]
+    found = [promoted(model, part).topk(num_tokens, dim=1) for part in rows.split(_BLOCK)]
     return LogitLens(
         source=key,
         latents=tuple(latents),
@@ -80,5 +79,8 @@ def logit_lens(
     )
 
 
-def _promoted(model: StudiedModel, directions: Float[Tensor, "latents width"]) -> Float[Tensor, "latents vocabulary"]:
+@torch.no_grad()
+def promoted(model: StudiedModel, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocabulary"]:
+    """What directions of any length promote: the odd part of the logits at unit root mean square."""
+    directions = rows / rows.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(rows.dtype).tiny)
     return (model.unembed(directions).float() - model.unembed(-directions).float()) / 2
