@@ -11,6 +11,9 @@
     ├── UnsupportedSite         a site that this model does not have
     ├── TokenizerMismatch       two models that do not share their tokens
     ├── ModelMismatch           a model that is not the one a crosscoder was trained on
+    ├── EditError               an edit of activations that cannot be made
+    │   ├── UnknownLatent       a latent that the crosscoder does not have
+    │   └── EmptySelection      tokens to edit, of which there is none
     ├── TextError               a data set that is missing, empty or of another shape
     ├── FileFormatError         a file that is truncated, foreign or newer than this package
     ├── NotCalibrated           BatchTopK asked to encode row by row before it has a threshold
@@ -80,6 +83,18 @@ class TokenizerMismatch(CrosscoderError):
 
 class ModelMismatch(CrosscoderError):
     """A model that is not the one which a crosscoder was trained on."""
+
+
+class EditError(CrosscoderError):
+    """An edit of activations that cannot be made with this crosscoder, these models or these tokens."""
+
+
+class UnknownLatent(EditError):
+    """A latent that the crosscoder does not have."""
+
+
+class EmptySelection(EditError):
+    """A selection of tokens to edit that holds none."""
 
 
 class TextError(CrosscoderError):

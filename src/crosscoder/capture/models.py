@@ -7,8 +7,9 @@ plain forward hooks; a read stops the forward at the deepest site asked for and 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
@@ -28,6 +29,17 @@ from crosscoder.sources import Source, canonical_site
 
 Replacement = Callable[[Tensor, Tensor], Tensor]
 """`fn(x (batch, positions, width), position_ids (batch, positions)) -> x'` of the same shape."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a forward pass is about to run on: new tokens, the mask of all tokens seen, and the cache, if any."""
+
+    input_ids: Int[Tensor, "batch positions"]
+    attention_mask: Int[Tensor, "batch positions_seen"] | None
+    cached: bool
+    num_cached: int
+    """How many tokens of every text the cache holds already."""
 
 
 class _Done(Exception):
@@ -159,6 +171,33 @@ class StudiedModel:
             stack.callback(rewrite(tap, _replaced).remove)
             yield
 
+    @contextmanager
+    def before_forward(self, fn: Callable[[Forward], None]) -> Iterator[None]:
+        """While the block runs, `fn` is told of every forward pass before it starts, ahead of all other hooks.
+
+        It may run this model itself: `replace` in force outside is not disturbed.
+        """
+        signature = inspect.signature(self._body.forward)
+
+        def _told(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = signature.bind_partial(*args, **kwargs).arguments
+            given = {**given, **given.get("kwargs", {})}
+            cache = given.get("past_key_values")
+            seen = 0 if cache is None else int(cache.get_seq_length())
+            fn(Forward(given["input_ids"], _by_token(given.get("attention_mask")), cache is not None, seen))
+
+        handle = self._body.register_forward_pre_hook(_told, with_kwargs=True, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def new_cache(self) -> Any:
+        """An empty key-value cache for `read`."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
     def logits(
         self,
         input_ids: Int[Tensor, "batch positions"],
@@ -184,11 +223,13 @@ class StudiedModel:
         max_new_tokens: int,
         attention_mask: Int[Tensor, "batch positions"] | None = None,
         temperature: float | None = None,
+        stop: Sequence[int] = (),
         use_cache: bool = True,
     ) -> Int[Tensor, "batch _"]:
         """`input_ids` with their continuation: greedy, or sampled at `temperature`; honours `replace`.
 
-        The model's own generation settings (penalties, top-p) are not used, only its end token.
+        The model's own generation settings (penalties, top-p) are not used, only its end token; a text ends at any
+        token in `stop` too.
         """
         from transformers import GenerationConfig
 
@@ -202,12 +243,20 @@ class StudiedModel:
             temperature=1.0 if temperature is None else temperature,
             top_p=1.0,
             repetition_penalty=1.0,
+            eos_token_id=self._ends(stop),
             pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0,
             **sampling,
         )
         return cast(Any, self.model).generate(
             input_ids.to(self.device), attention_mask=mask.to(self.device), generation_config=settings
         )
+
+    def _ends(self, stop: Sequence[int]) -> list[int] | None:
+        """The model's own end tokens and those in `stop`; None leaves its own to transformers."""
+        settings = self.model.generation_config
+        own = None if settings is None else settings.eos_token_id
+        owned = [] if own is None else [own] if isinstance(own, int) else list(own)
+        return [*dict.fromkeys([*owned, *stop])] if stop else None
 
     @property
     def _has_head(self) -> bool:
@@ -240,6 +289,16 @@ class StudiedModel:
         if "use_cache" in self._parameters:
             given["use_cache"] = past_key_values is not None
         return given if past_key_values is None else {**given, "past_key_values": past_key_values}
+
+
+def _by_token(mask: Any) -> Tensor | None:
+    """The attention mask, where it says of each token that it is one, and not of each pair who sees whom."""
+    if mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+        return mask
+    raise SourceMismatch(
+        "expected an attention mask with one entry for every token; got one of another form.",
+        hint="Give a mask (batch, positions), and let the model extend it.",
+    )
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
