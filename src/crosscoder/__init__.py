@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from crosscoder import analysis, capture, errors, interop, synthetic, wiring
+    from crosscoder import analysis, capture, errors, interop, interventions, synthetic, wiring
     from crosscoder.activations import ActivationSource, Batch, Rows
     from crosscoder.codes import SparseCode
     from crosscoder.crosscoder import Crosscoder
@@ -45,6 +45,7 @@ __all__ = [
     "difference",
     "errors",
     "interop",
+    "interventions",
     "synthetic",
     "train",
     "train_together",
@@ -74,7 +75,7 @@ _HOMES = {
     "train": "training.run",
     "train_together": "training.run",
 }
-_ROOMS = ("analysis", "capture", "errors", "interop", "synthetic", "wiring")
+_ROOMS = ("analysis", "capture", "errors", "interop", "interventions", "synthetic", "wiring")
 
 
 def __getattr__(name: str) -> object:
