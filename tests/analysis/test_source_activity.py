@@ -44,13 +44,13 @@ def test_it_is_what_zeroing_a_source_gives(kind: Nonlinearity, folded: bool) -> 
     found = source_activity(cc.folded() if folded else cc, ListedActivations(cc.sources, x))
     f = cc.encode(x).to_dense().detach()
     active = f > 0
+    seen = active.any(0)
     encoder, bias = cc.weights[0].encoder.detach(), cc.weights[0].encoder_bias.detach()
     for s, key in enumerate(cc.sources.keys):
         without = x.clone()
         without[:, cc.sources.slices[key]] = cc.mean[cc.sources.slices[key]]
         value = torch.relu(cc.normalise(without) @ encoder.T + bias)
         change = ((f - value).abs() * active).sum(0) / f.sum(0)
-        seen = active.any(0)
         torch.testing.assert_close(found.activity[seen, s], change[seen], rtol=1e-9, atol=1e-12)
     assert found.num_active.tolist() == active.sum(0).tolist()
     whole = found.contribution.sum(1) + bias

@@ -92,6 +92,16 @@ class LatentStatistics:
         """Share of all rows on which each latent is active, (latents,)."""
         return self._counts.sum(0).double() / self.num_rows.sum().clamp(min=1)
 
+    @property
+    def num_active(self) -> Int[Tensor, "latents"]:
+        """Rows on which each latent is active."""
+        return self._counts.sum(0)
+
+    @property
+    def max_value(self) -> Float[Tensor, "latents"]:
+        """The largest value of each latent; 0 where it was never active."""
+        return self._max
+
     def table(self, crosscoder: Crosscoder) -> pa.Table:
         """One row per latent: densities, values, and decoder norms at every written source in both spaces.
 
