@@ -78,6 +78,16 @@ def latent_facts(
     return LatentFacts(facts.scale, **columns, classes=classes)
 
 
+def check_latents(latents: Sequence[int], crosscoder: Crosscoder) -> None:
+    """Raises ConfigError for a number that no latent has."""
+    outside = [latent for latent in latents if not 0 <= latent < crosscoder.num_latents]
+    if outside:
+        raise ConfigError(
+            f"expected latents from 0 to {crosscoder.num_latents - 1:,}; got {', '.join(map(str, outside))}.",
+            hint="`crosscoder diff` lists latents worth a look.",
+        )
+
+
 def _check_norms(table: pa.Table, crosscoder: Crosscoder, path: Path) -> None:
     norms = crosscoder.decoder_norms("normalised").float().cpu().numpy()
     names = [f"norm_normalised/{key}" for key in crosscoder.writes.keys]
@@ -99,13 +109,6 @@ class EncodedPrompts:
     code: PromptCode
     facts: LatentFacts
     only: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        outside = [latent for latent in self.only if not 0 <= latent < self.code.code.num_latents]
-        if outside:
-            raise ConfigError(
-                f"expected latents from 0 to {self.code.code.num_latents - 1:,}; got {', '.join(map(str, outside))}."
-            )
 
     def on_token(self, row: int, num: int) -> list[tuple[int, float]]:
         """The latents with the largest scores on one row, with their values."""

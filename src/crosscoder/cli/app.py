@@ -134,6 +134,41 @@ def diff(
 
 
 @app.command()
+def encode(
+    run: Trained,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt: text, or a dialogue as a JSON list of messages. Repeatable.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A .txt with one prompt a line, or a .jsonl of {prompt} or {messages}.")
+    ] = None,
+    contrast: Annotated[
+        Path | None, typer.Option(help="Such a file too: find latents that tell the prompts from those in it.")
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--raw", help="In the chat template, or as it stands; chat where there is a template."),
+    ] = None,
+    latent: Annotated[list[int] | None, typer.Option(help="Only this latent. Repeatable.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Latents to show: per token, per ranking, or of a contrast.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Also write a page to open in a browser (prompts only).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the active latents of your own prompts, token by token, or which latents tell two sets of prompts apart.
+
+    Without --prompt and --prompts, standard input is one prompt. Every token has its position, who speaks it, and its
+    strongest latents as number:value, share of the largest value on the analysis set, and n with the relative norm.
+    """
+    with one_screen("Nothing was half-written; run the command again."):
+        from crosscoder.cli.encode import Asked
+        from crosscoder.cli.encode import run as body
+
+        rendering = None if chat is None else "chat" if chat else "raw"
+        asked = Asked(tuple(prompt or ()), prompts, contrast, rendering, tuple(latent or ()), top)
+        body(run, asked, out=out, as_json=as_json)
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A file, a directory, or a Hub id owner/name.")],
     out: Annotated[Path, typer.Option(help="The directory to write.")],
