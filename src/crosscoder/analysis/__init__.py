@@ -3,6 +3,7 @@
 Functions of a crosscoder and activations that return small dataclasses; `evaluate_run` and `diff_run` take whole runs.
 """
 
+from crosscoder.analysis.bootstrap import Bootstrap
 from crosscoder.analysis.classes import CUTOFFS, CutOffs, LatentClasses, Twins, latent_classes, relative_norm, twins
 from crosscoder.analysis.controls import Band, CountsBeyond, counts_beyond, null_band
 from crosscoder.analysis.cross_entropy import CrossEntropy
@@ -10,14 +11,17 @@ from crosscoder.analysis.evaluation import Evaluation, evaluate
 from crosscoder.analysis.exemplars import Exemplars
 from crosscoder.analysis.label_scores import LabelScore, LabelScores, label_scores
 from crosscoder.analysis.labels import LabelSpan, read_labels
+from crosscoder.analysis.latent_scaling import LatentScaling, ScalingIntervals, latent_scaling, scaling
 from crosscoder.analysis.logit_lens import LogitLens, logit_lens
 from crosscoder.analysis.pair_controls import PairControls, read_controls
 from crosscoder.analysis.runs import Diff, diff_run, evaluate_run
+from crosscoder.analysis.scaling_sums import ScalingSums
 from crosscoder.analysis.statistics import LatentStatistics
 
 __all__ = [
-    "CUTOFFS",
     "Band",
+    "Bootstrap",
+    "CUTOFFS",
     "CountsBeyond",
     "CrossEntropy",
     "CutOffs",
@@ -28,9 +32,12 @@ __all__ = [
     "LabelScores",
     "LabelSpan",
     "LatentClasses",
+    "LatentScaling",
     "LatentStatistics",
     "LogitLens",
     "PairControls",
+    "ScalingIntervals",
+    "ScalingSums",
     "Twins",
     "counts_beyond",
     "diff_run",
@@ -38,10 +45,12 @@ __all__ = [
     "evaluate_run",
     "label_scores",
     "latent_classes",
+    "latent_scaling",
     "logit_lens",
     "null_band",
     "read_controls",
     "read_labels",
     "relative_norm",
+    "scaling",
     "twins",
 ]

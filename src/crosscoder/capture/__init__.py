@@ -1,6 +1,7 @@
 """Capture: language models that can be read and replaced at sites, text, and the live stream of activations."""
 
 from crosscoder.capture.analysis_set import AnalysisSet, Located
+from crosscoder.capture.ancestry import Ancestry, measure_ancestry
 from crosscoder.capture.chat import Rendered, render
 from crosscoder.capture.contexts import Context, DocumentId
 from crosscoder.capture.corpus import ContextStream, Corpus
@@ -11,6 +12,7 @@ from crosscoder.capture.text import DatasetConfig, Document, HeldOutConfig, Mess
 __all__ = [
     "ActivationStream",
     "AnalysisSet",
+    "Ancestry",
     "Context",
     "ContextStream",
     "Corpus",
@@ -25,5 +27,6 @@ __all__ = [
     "StudiedModel",
     "TextConfig",
     "document_hash",
+    "measure_ancestry",
     "render",
 ]

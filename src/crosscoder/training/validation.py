@@ -26,7 +26,7 @@ from crosscoder.groups import Columns
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Rows at the written sources in normalised space, their code, and what it gives back: `error = x − reconstruction`.
+    """Rows at the written sources in normalised space, their code, what it gives back, and the error that is left.
 
     All are packed over `crosscoder.writes`, whether or not the normaliser is folded into the weights.
     """
@@ -77,7 +77,7 @@ class ReconstructionStatistics:
         self._reconstructor = Reconstructor(crosscoder)
 
     def update(self, x: Float[Tensor, "rows width"]) -> Reconstruction:
-        """Encode and decode raw rows packed over `crosscoder.sources`, add them to the sums, and give what was found."""
+        """Encode and decode raw rows packed over `crosscoder.sources`, add them to the sums, give what came of it."""
         found = self._reconstructor(x)
         self.add(found.x, error=found.error, code=found.code)
         return found
