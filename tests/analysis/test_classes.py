@@ -12,6 +12,8 @@ from crosscoder.nonlinearities import TopK
 from crosscoder.sources import Source, SourceSet
 from crosscoder.wiring import LatentGroup, Wiring, acausal
 
+from .worlds import random_crosscoder
+
 
 def crosscoder_with(rows_a: list[list[float]], rows_b: list[list[float]]) -> Crosscoder:
     """A crosscoder of sources a and b with these decoder rows in normalised space."""
@@ -114,3 +116,10 @@ def test_the_same_source_twice_is_refused() -> None:
     cc = crosscoder_with([[1, 0]], [[1, 0]])
     with pytest.raises(SourceMismatch, match="two sources to compare"):
         latent_classes(cc, a="a", b="a/embed")
+
+
+def test_without_exclusive_latents_there_are_no_twins() -> None:
+    """Nothing to pair is an answer."""
+    cc = random_crosscoder()
+    everything_shared = CutOffs(-1.0, (0.0, 1.0), 2.0)
+    assert len(twins(cc, a="base", b="chat", cutoffs=everything_shared).cosine) == 0

@@ -190,7 +190,7 @@ def twins(crosscoder: Crosscoder, *, a: str, b: str, cosine: float = 0.9, cutoff
     rows_a = normalize(crosscoder.decoder_rows(classes.a)[only_a], dim=1)
     rows_b = normalize(crosscoder.decoder_rows(classes.b)[only_b], dim=1)
     hits = [_pairs_above(block @ rows_b.T, cosine) for block in rows_a.split(_TWIN_BLOCK)]
-    offsets = range(0, len(rows_a), _TWIN_BLOCK)
+    offsets = range(0, max(1, len(rows_a)), _TWIN_BLOCK)  # no rows are split into one empty block
     i = torch.cat([rows + offset for offset, (rows, _, _) in zip(offsets, hits, strict=True)])
     j, value = torch.cat([hit[1] for hit in hits]), torch.cat([hit[2] for hit in hits])
     order = value.argsort(descending=True, stable=True)
