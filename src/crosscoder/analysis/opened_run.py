@@ -13,6 +13,8 @@ from pathlib import Path
 from xxhash import xxh3_128
 
 from crosscoder.activations import ActivationSource
+from crosscoder.analysis.classes import source_pair
+from crosscoder.capture.alignment import Aligner
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.corpus import Corpus
 from crosscoder.capture.derived import derived
@@ -23,8 +25,9 @@ from crosscoder.capture.null_pair import Difference
 from crosscoder.capture.stream import ActivationStream
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.crosscoder_files import tensors_of
-from crosscoder.errors import ConfigError, FileFormatError, RunConflict
+from crosscoder.errors import ConfigError, FileFormatError, RunConflict, SourceMismatch
 from crosscoder.progress import Progress, silent
+from crosscoder.sources import Source
 from crosscoder.training import runfile
 from crosscoder.training.config import RunConfig
 from crosscoder.training.directory import RunDirectory
@@ -84,11 +87,35 @@ class OpenedRun:
         made = made_up(self._as_models_give(self.text), self.config.activations.null_pair, self._difference)
         return derived(made, self.crosscoder.sources)
 
+    def pair(self, a: str | None, b: str | None) -> tuple[str, str]:
+        """The keys of two written sources: those that `a` and `b` name, or the only two where neither is named.
+
+        Raises SourceMismatch or UnknownSource for what is no pair.
+        """
+        writes = self.crosscoder.writes
+        if a is None and b is None and len(writes) == 2:
+            return writes.keys[0], writes.keys[1]
+        if a is None or b is None:
+            raise SourceMismatch(
+                f"this crosscoder writes {len(writes)} sources; which two are meant?"
+                if len(writes) > 1
+                else "two sources are compared; this crosscoder writes one.",
+                details=writes.describe(),
+                hint="Name both: a=..., b=... (--a, --b), by key or by model alias.",
+            )
+        source_a, source_b = source_pair(self.crosscoder, a=a, b=b)
+        return source_a.key, source_b.key
+
     @property
     def models_to_splice(self) -> dict[str, StudiedModel] | None:
         """The models that cross-entropy can be measured with: none for encoders, nor where a source is made up."""
         encoders = any(model.architecture.family.encoder for model in self.models.values())
         return None if encoders or self.config.activations.null_pair is not None else self.models
+
+    def readable(self, source: Source) -> StudiedModel | None:
+        """The model whose unembedding reads directions at `source`: None outside the residual stream or without one."""
+        model = self.models.get(source.model)
+        return None if model is None or not model.can_unembed or source.site.endswith(".mlp_in") else model
 
     @cached_property
     def _difference(self) -> Difference | None:
@@ -113,7 +140,9 @@ class OpenedRun:
         return digest.hexdigest()
 
     def _corpus_set(self) -> AnalysisSet:
-        return self._corpus().held_out()
+        corpus = self._corpus()
+        aligned = corpus.alignment == "bytes"
+        return corpus.held_out(Aligner.of(self.models, vocabulary=corpus.vocabulary) if aligned else None)
 
     def _corpus(self) -> Corpus:
         self.progress("opening the text", 0, None)

@@ -1,7 +1,8 @@
 """The analysis set: held-out contexts in fixed order, with a way from a document's characters to its tokens.
 
 On disk: `contexts.safetensors` (one entry per token, side by side, and where each context begins) and `set.json` (the
-documents' hashes, the vocabulary's hash, and a hash of the token ids, which is checked on loading).
+documents' hashes, the vocabulary's hash, and a hash of the token ids, which is checked on loading). Where models have
+other tokenizers, only the text's own tokens are here: they spell the text, and the others' tokens follow from it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from xxhash import xxh3_128
 
+from crosscoder.capture.alignment import AlignmentCounts
 from crosscoder.capture.contexts import Context, DocumentId, Tokens
+from crosscoder.capture.text import Alignment
 from crosscoder.errors import FileFormatError
 from crosscoder.files import read_json, read_tensors, write_json, write_tensors
 
@@ -49,10 +52,11 @@ class AnalysisSet:
     kept: Bool[Tensor, "tokens"]
     documents: tuple[DocumentId, ...]
     vocabulary: str
+    aligned: AlignmentCounts | None = None
 
     @classmethod
-    def of(cls, contexts: Sequence[Context], *, vocabulary: str) -> AnalysisSet:
-        """These contexts, in this order."""
+    def of(cls, contexts: Sequence[Context], *, vocabulary: str, aligned: AlignmentCounts | None = None) -> AnalysisSet:
+        """These contexts, in this order; `aligned` where only tokens are kept that other tokenizers share."""
         numbers: dict[DocumentId, int] = {}
         for context in contexts:
             for document in context.documents:
@@ -60,7 +64,7 @@ class AnalysisSet:
         tokens = Tokens.join([_renumbered(context, numbers) for context in contexts])
         lengths = torch.tensor([0, *(len(context) for context in contexts)])
         columns = [torch.from_numpy(np.ascontiguousarray(column)) for column in tokens.columns()]
-        return cls(lengths.cumsum(0), *columns, documents=tuple(numbers), vocabulary=vocabulary)
+        return cls(lengths.cumsum(0), *columns, documents=tuple(numbers), vocabulary=vocabulary, aligned=aligned)
 
     @property
     def num_contexts(self) -> int:
@@ -76,6 +80,11 @@ class AnalysisSet:
     def context_length(self) -> int:
         """The length of the longest context."""
         return int(self.pointers.diff().max())
+
+    @property
+    def alignment(self) -> Alignment:
+        """Whether its rows are aligned to other tokenizers."""
+        return "identical" if self.aligned is None else "bytes"
 
     @property
     def hash(self) -> str:
@@ -113,6 +122,7 @@ class AnalysisSet:
             "num_tokens": self.num_tokens,
             "hash": self.hash,
             "vocabulary": self.vocabulary,
+            "aligned": None if self.aligned is None else self.aligned.to_json(),
             "documents": [{"hash": document.hash, "dataset": document.dataset} for document in self.documents],
         }
         write_json(directory / "set.json", content)
@@ -123,7 +133,8 @@ class AnalysisSet:
         content = read_json(directory / "set.json", thing=_THING)
         tensors = read_tensors(directory / "contexts.safetensors", thing=_THING)
         documents = tuple(DocumentId(**document) for document in content["documents"])
-        loaded = cls(**tensors, documents=documents, vocabulary=content["vocabulary"])
+        counts = content.get("aligned") and AlignmentCounts.from_json(content["aligned"])
+        loaded = cls(**tensors, documents=documents, vocabulary=content["vocabulary"], aligned=counts)
         if loaded.hash != content["hash"]:
             raise FileFormatError(
                 f"the tokens in {directory} are not those the analysis set was saved with.",

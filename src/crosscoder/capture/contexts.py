@@ -7,8 +7,8 @@ shorter context. Tokens that belong to no document (BOS) have document -1 and no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
@@ -58,11 +58,30 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """The same text in another tokenizer's tokens: `places[p]` is the one after which both have read the same, or −1.
+
+    `num_tokens` of them are text; `unlike` windows were lost because they are spelled otherwise, `beyond` because the
+    model has no positions for them. See `alignment`.
+    """
+
+    ids: np.ndarray
+    places: np.ndarray
+    num_tokens: int
+    unlike: int
+    beyond: int
+
+
+@dataclass(frozen=True)
 class Context:
-    """One window of text; `tokens.document` counts within `documents`, and only kept tokens become rows."""
+    """One window of text; `tokens.document` counts within `documents`, and only kept tokens become rows.
+
+    `readings` are the same text in other tokenizations, by the hash of their vocabularies.
+    """
 
     tokens: Tokens
     documents: tuple[DocumentId, ...]
+    readings: Mapping[str, Reading] = field(default_factory=dict[str, Reading])
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -18,17 +18,20 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from crosscoder.activations import State
+from crosscoder.capture.alignment import Aligner
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.contexts import Context, DocumentId, Encoder, Tokens, assemble
 from crosscoder.capture.documents import DocumentSet
 from crosscoder.capture.fingerprints import vocabulary_hash
 from crosscoder.capture.huggingface import Tokenizer
-from crosscoder.capture.text import Document, TextConfig
+from crosscoder.capture.text import Alignment, Document, TextConfig
 from crosscoder.errors import TextError
 
 _log = logging.getLogger(__name__)
 
 Part = Literal["training", "held_out"]
+MUCH_LOST = 0.5
+"""A share of a model's tokens without rows that is worth a warning."""
 
 
 class Corpus:
@@ -60,15 +63,23 @@ class Corpus:
         """The hash of the tokenizer's vocabulary."""
         return vocabulary_hash(self.tokenizer)
 
+    @property
+    def alignment(self) -> Alignment:
+        """Whether its rows may be aligned to other tokenizers."""
+        return self.config.alignment
+
     def training(self) -> ContextStream:
         """Endless contexts of the documents that are not held out."""
         return ContextStream(self, part="training")
 
-    def held_out(self) -> AnalysisSet:
-        """The analysis set: contexts of held-out documents, each document once, up to the configured size."""
+    def held_out(self, aligner: Aligner | None = None) -> AnalysisSet:
+        """The analysis set: contexts of held-out documents, each document once, up to the configured size.
+
+        With an `aligner`, only tokens that are aligned with those of all models are kept.
+        """
         contexts, size = [], 0
         for context in ContextStream(self, part="held_out"):
-            contexts.append(context)
+            contexts.append(context if aligner is None else aligner(context))
             size += len(context)
             if size >= self.config.held_out.num_tokens:
                 break
@@ -78,7 +89,11 @@ class Corpus:
                 details=[f"{len(data):,} documents in {data.config.dataset}" for data in self.datasets],
                 hint="Raise text.held_out.fraction, or give the text as more and shorter documents.",
             )
-        return AnalysisSet.of(contexts, vocabulary=self.vocabulary)
+        counts = None if aligner is None else aligner.count(contexts)
+        if counts is not None:
+            log = _log.warning if max(counts.lost.values()) > MUCH_LOST else _log.info
+            log("held-out text in all tokenizations: %s", counts.in_words())
+        return AnalysisSet.of(contexts, vocabulary=self.vocabulary, aligned=counts)
 
     def is_held_out(self, document: Document) -> bool:
         """On which side of the split a document is."""

@@ -31,12 +31,16 @@ CPU_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Harvest:
-    """Reads `sources` from `models` on contexts; rows are packed in `dtype` on the first model's device."""
+    """Reads `sources` from `models` on contexts; rows are packed in `dtype` on the first model's device.
+
+    `readings` names, by model, the tokenization that it reads where that is not the text's own.
+    """
 
     models: Mapping[str, StudiedModel]
     sources: SourceSet
     batch_tokens: int
     dtype: torch.dtype
+    readings: Mapping[str, str] = field(default_factory=dict[str, str])
     _carrier: Carrier = field(default_factory=Carrier)
 
     @property
@@ -67,10 +71,11 @@ class Harvest:
         finite: dict[str, Tensor] = {}
         for alias in self.sources.models:
             own = [source for source in self.sources if source.model == alias]
-            mask = None if self.models[alias].is_causal else batch.mask
-            seen = self.models[alias].read([source.site for source in own], batch.ids, attention_mask=mask)
+            told = batch.readings[self.readings[alias]] if alias in self.readings else batch
+            mask = None if self.models[alias].is_causal else told.mask
+            seen = self.models[alias].read([source.site for source in own], told.ids, attention_mask=mask)
             for source in own:
-                activations = _picked(seen[source.site].flatten(0, 1), batch.picked)
+                activations = _picked(seen[source.site].flatten(0, 1), told.picked)
                 finite[source.key] = _all_finite(activations)
                 self._carrier.carry(activations, x[:, self.sources.slices[source.key]])
         return finite

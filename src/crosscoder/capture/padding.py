@@ -6,8 +6,8 @@ so that it can be done ahead of the forward pass, by another thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,16 +21,33 @@ NumberedContext = tuple[int, Context]
 
 
 @dataclass(frozen=True)
+class PaddedReading:
+    """The same contexts in another tokenization, padded by themselves; fields as in `Padded`."""
+
+    ids: Int[Tensor, "contexts positions"]
+    mask: Int[Tensor, "contexts positions"] | None
+    picked: Int[Tensor, "rows"] | None
+
+    def pinned(self) -> PaddedReading:
+        """The same in memory that a GPU fetches from without the CPU waiting."""
+        ids, mask, picked = (None if part is None else part.pin_memory() for part in (self.ids, self.mask, self.picked))
+        assert ids is not None
+        return PaddedReading(ids, mask, picked)
+
+
+@dataclass(frozen=True)
 class Padded:
     """The contexts of one forward pass; row r is the token at flat place `picked[r]`.
 
     `mask` is 1 at tokens and 0 at padding, None where nothing is padded; `picked` is None where every place is a row.
+    `readings` are the contexts in other tokenizations, by the hash of their vocabularies.
     """
 
     ids: Int[Tensor, "contexts positions"]
     mask: Int[Tensor, "contexts positions"] | None
     picked: Int[Tensor, "rows"] | None
     rows: Rows
+    readings: Mapping[str, PaddedReading] = field(default_factory=dict[str, PaddedReading])
 
     @property
     def num_rows(self) -> int:
@@ -42,7 +59,7 @@ class Padded:
         pin = [None if part is None else part.pin_memory() for part in (self.ids, self.mask, self.picked)]
         rows = Rows(*(column.pin_memory() for column in (self.rows.context, self.rows.position, self.rows.role)))
         assert pin[0] is not None
-        return Padded(pin[0], pin[1], pin[2], rows)
+        return Padded(pin[0], pin[1], pin[2], rows, {key: each.pinned() for key, each in self.readings.items()})
 
 
 def padded_batches(contexts: Sequence[NumberedContext], *, most_tokens: int) -> Iterator[Padded]:
@@ -81,6 +98,25 @@ def _padded(group: Sequence[NumberedContext]) -> Padded:
         mask=None if real.all() else torch.from_numpy(real).long(),
         picked=None if len(picked) == real.size else torch.from_numpy(picked),
         rows=rows,
+        readings={key: _padded_reading(group, key, context, position) for key in group[0][1].readings},
+    )
+
+
+def _padded_reading(
+    group: Sequence[NumberedContext], key: str, context: np.ndarray, position: np.ndarray
+) -> PaddedReading:
+    """One other tokenization; row r is the token that is aligned with position `position[r]` of `context[r]`."""
+    readings = [numbered[1].readings[key] for numbered in group]
+    lengths = np.array([len(reading.ids) for reading in readings])
+    real = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.zeros(real.shape, dtype=np.int64)
+    ids[real] = np.concatenate([reading.ids for reading in readings])
+    starts = np.cumsum([0, *(len(reading.places) for reading in readings[:-1])])
+    places = np.concatenate([reading.places for reading in readings])[starts[context] + position].astype(np.int64)
+    return PaddedReading(
+        ids=torch.from_numpy(ids),
+        mask=None if real.all() else torch.from_numpy(real).long(),
+        picked=torch.from_numpy(context * real.shape[1] + places),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from crosscoder.activations import State
+from crosscoder.capture.alignment import Aligner
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.contexts import Context
 from crosscoder.capture.corpus import Corpus
@@ -29,9 +30,29 @@ class ContextReader(Protocol):
         ...
 
 
-def reader_of(text: Corpus | AnalysisSet) -> ContextReader:
-    """A reader at the beginning of `text`; a corpus is read for training."""
-    return CorpusReader(text) if isinstance(text, Corpus) else SetReader(text)
+def reader_of(text: Corpus | AnalysisSet, aligner: Aligner | None = None) -> ContextReader:
+    """A reader at the beginning of `text`; a corpus is read for training. With `aligner`, in all tokenizations."""
+    reader = CorpusReader(text) if isinstance(text, Corpus) else SetReader(text)
+    return reader if aligner is None else AlignedReader(reader, aligner)
+
+
+class AlignedReader:
+    """The contexts of another reader, with their readings in other tokenizations."""
+
+    def __init__(self, reader: ContextReader, aligner: Aligner) -> None:
+        self._reader, self._aligner = reader, aligner
+
+    def pool(self, most_tokens: int) -> list[tuple[int, Context]]:
+        """The other reader's next contexts; they give fewer rows."""
+        return [(number, self._aligner(context)) for number, context in self._reader.pool(most_tokens)]
+
+    def state_dict(self) -> State:
+        """Where the next context begins."""
+        return self._reader.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        """Go to a place that `state_dict` gave."""
+        self._reader.load_state_dict(state)
 
 
 class CorpusReader:

@@ -25,14 +25,15 @@ from xxhash import xxh3_64_intdigest
 
 from crosscoder.activations import Batch, Rows, State
 from crosscoder.capture.ahead import Ahead
+from crosscoder.capture.alignment import Aligner
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.buffer import RowBuffer, bytes_per_row
 from crosscoder.capture.corpus import Corpus
 from crosscoder.capture.fills import FillPlan, Stretch
 from crosscoder.capture.harvest import Finite, Harvest, check_sources, storage_dtype
 from crosscoder.capture.models import StudiedModel
-from crosscoder.capture.readers import reader_of
-from crosscoder.capture.vocabularies import check_vocabularies
+from crosscoder.capture.readers import ContextReader, reader_of
+from crosscoder.capture.vocabularies import other_vocabularies
 from crosscoder.errors import ConfigError, RunConflict
 from crosscoder.progress import Progress, silent
 from crosscoder.sources import SourceSet
@@ -75,16 +76,17 @@ class ActivationStream:
     ) -> None:
         check_sources(models, sources)
         used = {alias: models[alias] for alias in sources.models}
-        self._harvest = Harvest(used, sources, batch_tokens, storage_dtype(used))
-        check_vocabularies(used, expected=text.vocabulary)
-        _check_length(used, text)
+        others = other_vocabularies(used, text)
+        self._harvest = Harvest(used, sources, batch_tokens, storage_dtype(used), others)
+        _check_length({alias: used[alias] for alias in used if alias not in others}, text)
+        self._aligner = Aligner.of(used, vocabulary=text.vocabulary) if others else None
         self._text = text
         self._capacity = self._rows_in(buffer_bytes)
         self._passes, self._seed = passes, seed
         self._progress = progress
         self._buffer: RowBuffer | None = None
         self._order: tuple[int, int, Tensor] | None = None
-        self._place = _Place(reader_of(text).state_dict())
+        self._place = _Place(self._reader().state_dict())
         self._next_text = self._place.text
         self._ahead: Ahead[Stretch] | None = None
 
@@ -110,7 +112,7 @@ class ActivationStream:
 
     def contexts(self) -> Iterator[Batch]:
         """Rows in text order from the text's beginning, some whole contexts at a time; `batches` is not disturbed."""
-        reader = reader_of(self._text)
+        reader = self._reader()
         while pool := reader.pool(self._harvest.batch_tokens):
             parts = list(self._harvest.rows(pool))
             if parts:
@@ -146,7 +148,16 @@ class ActivationStream:
             "batch_tokens": self._harvest.batch_tokens,
             "passes": self._passes,
             "seed": self._seed,
-        }
+        } | self._tokenizers()
+
+    def _tokenizers(self) -> State:
+        """Which other tokenizers, up to which length, decide with the text which tokens become rows; none as a rule."""
+        readers = {} if self._aligner is None else self._aligner.readers
+        return {"aligned": {key: reader.most_tokens for key, reader in sorted(readers.items())}} if readers else {}
+
+    def _reader(self) -> ContextReader:
+        """A reader at the beginning of the text."""
+        return reader_of(self._text, self._aligner)
 
     def _take(self, most: int) -> Batch:
         """Up to `most` rows of the current pass over the buffer."""
@@ -203,7 +214,7 @@ class ActivationStream:
         if self._ahead is not None and self._next_text != self._place.text:
             self._read_anew()
         if self._ahead is None:
-            reader = reader_of(self._text)
+            reader = self._reader()
             reader.load_state_dict(self._place.text)
             plan = FillPlan(
                 capacity=self._capacity,

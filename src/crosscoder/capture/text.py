@@ -18,6 +18,7 @@ from crosscoder.errors import TextError
 
 Packing = Literal["contiguous", "document"]
 Drop = Literal["bos", "eos", "pad", "template"]
+Alignment = Literal["identical", "bytes"]
 
 _SPEAKERS = {
     "system": "system",
@@ -63,6 +64,11 @@ class TextConfig(BaseModel):
     packing: Packing = Field(
         default="contiguous",
         description="contiguous: documents follow one another and are cut; document: every context is of one document",
+    )
+    alignment: Alignment = Field(
+        default="identical",
+        description="identical: all models share the tokenizer's vocabulary; bytes: models with other tokenizers read "
+        "the same text, and rows are where tokens of all of them end at the same byte",
     )
     drop: tuple[Drop, ...] = Field(default=("bos", "pad"), description="tokens that never become rows")
     mix: tuple[DatasetConfig, ...] = Field(min_length=1, description="the data sets and their shares of the tokens")

@@ -1,24 +1,31 @@
-"""Models in one crosscoder read the same tokens, so every token must have the same id in all of them."""
+"""Models in one crosscoder read the same tokens, or, where the run says so, the same bytes in tokens of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from crosscoder.capture.analysis_set import AnalysisSet
+from crosscoder.capture.corpus import Corpus
 from crosscoder.capture.fingerprints import vocabulary_hash
 from crosscoder.capture.models import StudiedModel
 from crosscoder.errors import TokenizerMismatch
 
 
-def check_vocabularies(models: Mapping[str, StudiedModel], *, expected: str) -> None:
-    """Raises TokenizerMismatch unless every model's vocabulary has the hash `expected`, that of the text."""
+def other_vocabularies(models: Mapping[str, StudiedModel], text: Corpus | AnalysisSet) -> dict[str, str]:
+    """The hash of each model's vocabulary where it is not that of the text.
+
+    Raises TokenizerMismatch where there is one, and the text is not to be aligned.
+    """
     hashes = {alias: vocabulary_hash(studied.tokenizer) for alias, studied in models.items()}
-    if set(hashes.values()) <= {expected}:
-        return
+    others = {alias: found for alias, found in hashes.items() if found != text.vocabulary}
+    if not others or text.alignment == "bytes":
+        return others
     sizes = [f"{alias}: {len(models[alias].tokenizer):,} tokens, vocabulary {hashes[alias][:12]}" for alias in models]
     raise TokenizerMismatch(
         "expected models that give every token the same id as the text; their vocabularies differ.",
-        details=[f"the text: vocabulary {expected[:12]}", *sizes, *_examples(models)],
-        hint="Compare models that share a tokenizer; added tokens count too.",
+        details=[f"the text: vocabulary {text.vocabulary[:12]}", *sizes, *_examples(models)],
+        hint="Set text.alignment to bytes: rows are then where tokens of all models end at the same byte. Or compare "
+        "models that share a tokenizer; added tokens count too.",
     )
 
 

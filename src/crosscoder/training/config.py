@@ -223,6 +223,8 @@ class RunConfig(Settings):
             raise ValueError("sources: every source can be named once")
         if self.text.tokenizer not in self.models:
             raise ValueError(f"text.tokenizer: expected one of {', '.join(self.models)}; got {self.text.tokenizer!r}")
+        if self.text.alignment == "bytes" and self.text.tokenizer not in {key.split("/")[0] for key in keys}:
+            raise ValueError(f"text.tokenizer: with alignment bytes, {self.text.tokenizer!r} must have a source")
         self._agree_on_dictionary()
         return self
 

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crosscoder.activations import ActivationSource, Batch, State
+from crosscoder.capture.alignment import Aligner
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.buffer import bytes_per_row
 from crosscoder.capture.corpus import Corpus
@@ -111,6 +112,13 @@ class Study:
             seed=self.run.seed,
             progress=progress,
         )
+
+    def held_out(self) -> AnalysisSet:
+        """The held-out text: only what is aligned in all tokenizations, where models have different ones."""
+        if self.corpus.alignment == "identical":
+            return self.corpus.held_out()
+        used = {alias: self.models[alias] for alias in self.sources.underlying.models}
+        return self.corpus.held_out(Aligner.of(used, vocabulary=self.corpus.vocabulary))
 
     def new_crosscoder(self) -> Crosscoder:
         """The untrained crosscoder of the run."""
@@ -216,7 +224,7 @@ def _lanes(
     study = Study.open(runs[0][0], progress=progress).measured(runs[0][1], progress=progress)
     studies = [study.of(run) for run, _ in runs]
     stream = study.stream(study.corpus, progress=progress)  # every check of models and text is behind us now
-    held_out = study.corpus.held_out()
+    held_out = study.held_out()
     for each, (_, directory) in zip(studies, runs, strict=True):
         each.run.dump(directory.config)
         _keep_analysis_set(held_out, directory)
@@ -224,6 +232,9 @@ def _lanes(
             study.difference.save(directory.difference)
     validation = list(_first_rows(study.stream(held_out).contexts(), VALIDATION_ROWS))
     crosscoders = [each.new_crosscoder() for each in studies]
+    if held_out.aligned is not None:
+        for crosscoder in crosscoders:
+            crosscoder.provenance["tokenizer"] |= {"aligned": held_out.aligned.to_json()}
     if not checkpoints:
         _start(list(zip(studies, crosscoders, starts, strict=True)), stream, progress=progress)
     lanes = []
