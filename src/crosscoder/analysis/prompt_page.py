@@ -34,8 +34,8 @@ def _lead(encoded: EncodedPrompts) -> str:
     how = "in the chat template" if text.rendering == "chat" else "as they stand"
     many, code = "s" * (text.num_prompts != 1), encoded.code.code
     return (
-        f"{text.num_prompts:,} prompt{many}, read {how}: {code.num_rows:,} tokens encoded, {code.l0:.1f} active latents on "
-        "each. The darker a token, the larger the latent's value there, next to the largest in the prompt. Hover for it."
+        f"{text.num_prompts:,} prompt{many}, read {how}: {code.num_rows:,} tokens encoded, {code.l0:.1f} latents "
+        "active on each. The darker a token, the larger the value there, next to the prompt's largest. Hover for it."
     )
 
 
@@ -73,7 +73,7 @@ def _card(encoded: EncodedPrompts, prompt: int, entry: int) -> str:
 
 
 def _facts(told: dict[str, float | None]) -> str:
-    facts = [f"largest value {told['max']:.3g}", f"on {told['num_tokens']} tokens"]
+    facts = [f"largest value {told['max']:.3g}", f"on {told['num_tokens']} token{'s' * (told['num_tokens'] != 1)}"]
     share, ratio, norm = told["share_of_max"], told["relative_to_mean"], told.get("relative_norm")
     facts += [] if share is None else [f"{share:.0%} of its maximum"]
     facts += [] if ratio is None else [f"{ratio:.1f} × its mean"]
