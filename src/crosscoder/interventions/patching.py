@@ -44,6 +44,7 @@ from crosscoder.interventions.reading import (
     TokenBlock,
     checked_latents,
     log_probabilities,
+    positions_at_once,
     read_block,
     summed_decoders,
     token_blocks,
@@ -54,8 +55,6 @@ from crosscoder.progress import Progress, silent
 from crosscoder.sources import Source
 
 REFERENCES = ("none", "offset", "latents", "reconstruction", "error", "everything")
-_CHUNK = 256
-"""Positions whose distributions are compared at once."""
 
 
 @dataclass(frozen=True)
@@ -260,9 +259,10 @@ def _kept_log_probabilities(logits: Tensor, block: TokenBlock) -> Float[Tensor, 
 def _divergence(clean: Tensor, logits: Tensor, block: TokenBlock) -> Float[Tensor, "kept"]:
     """In fp64 on the CPU."""
     patched = logits[block.kept.to(logits.device)]
+    size = positions_at_once(clean)
     parts = [
         kl_div(log_probabilities(q), p, reduction="none", log_target=True).sum(1)
-        for p, q in zip(clean.split(_CHUNK), patched.split(_CHUNK), strict=True)
+        for p, q in zip(clean.split(size), patched.split(size), strict=True)
     ]
     return torch.cat(parts).double().cpu()
 

@@ -15,16 +15,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from crosscoder.capture.contexts import Context
+from crosscoder.activations import ROLES
+from crosscoder.capture.contexts import Context, DocumentId, Tokens
 from crosscoder.capture.harvest import CPU_TOKENS, check_sources
 from crosscoder.capture.models import Replacement, StudiedModel
+from crosscoder.capture.text import document_hash
 from crosscoder.codes import SparseCode
 from crosscoder.crosscoder import Crosscoder
-from crosscoder.errors import ConfigError, SourceMismatch
+from crosscoder.errors import EditError, SourceMismatch, UnknownLatent
+from crosscoder.interventions.prompts import Prompt
 from crosscoder.sources import Source
 
 BLOCK_TOKENS = CPU_TOKENS
 """Tokens of one forward pass, unless the caller says otherwise."""
+_CHUNK_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,25 @@ def read_block(crosscoder: Crosscoder, models: Mapping[str, StudiedModel], block
         return ReadBlock(block, x, reads, crosscoder.encode(reads))
 
 
+def as_context(prompt: Prompt) -> Context:
+    """A prompt as a context, to be measured on as it stands."""
+    size = len(prompt)
+    document, place = np.zeros(size, np.int32), np.zeros(size, np.int32)
+    columns = (prompt.ids.int().numpy(), prompt.roles.to(torch.int8).numpy(), document, place, place)
+    return Context(Tokens(*columns, kept=prompt.kept.numpy()), (DocumentId(document_hash(prompt.text), "the prompts"),))
+
+
+def continued(prompt: Prompt, tokens: Sequence[int]) -> Prompt:
+    """The prompt with more tokens behind it, which the assistant speaks; for the probability of a given reply."""
+    more = torch.tensor(tokens, dtype=torch.int64)
+    return Prompt(
+        ids=torch.cat([prompt.ids, more]),
+        roles=torch.cat([prompt.roles, torch.full_like(more, ROLES.index("assistant"))]),
+        kept=torch.cat([prompt.kept, torch.ones_like(more, dtype=torch.bool)]),
+        text=prompt.text,
+    )
+
+
 @contextmanager
 def evaluating(crosscoder: Crosscoder) -> Iterator[None]:
     """Eval mode inside the block, and the mode found after it."""
@@ -156,16 +179,16 @@ def written_site(crosscoder: Crosscoder, models: Mapping[str, StudiedModel], nam
 
 
 def checked_latents(crosscoder: Crosscoder, latents: Int[Tensor, "some"] | Sequence[int]) -> Int[Tensor, "some"]:
-    """These latents as a tensor; raises ConfigError where one is out of range or comes twice."""
+    """These latents as a tensor; raises UnknownLatent where one is out of range, EditError where one comes twice."""
     found = torch.as_tensor(latents, dtype=torch.int64).cpu()
     outside = found[(found < 0) | (found >= crosscoder.num_latents)].tolist()
     if outside:
-        raise ConfigError(
+        raise UnknownLatent(
             f"expected latents from 0 to {crosscoder.num_latents - 1:,}; got {', '.join(map(str, outside[:5]))}.",
             hint="Number them as the crosscoder's tables do, in the column `latent`.",
         )
     if len(found.unique()) < len(found):
-        raise ConfigError("expected every latent once; some come twice.")
+        raise EditError("expected every latent once; some come twice.")
     return found
 
 
@@ -184,6 +207,11 @@ def summed_decoders(
 def log_probabilities(logits: Float[Tensor, "*positions vocabulary"]) -> Float[Tensor, "*positions vocabulary"]:
     """Log-softmax in at least fp32."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def positions_at_once(logits: Float[Tensor, "*positions vocabulary"]) -> int:
+    """How many positions' distributions to compare at a time: bounds the memory beside the logits themselves."""
+    return max(1, _CHUNK_LOGITS // logits.shape[-1])
 
 
 def _side_by_side(contexts: Sequence[tuple[int, Context]], column: str, real: np.ndarray) -> Tensor:
