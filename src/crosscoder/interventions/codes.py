@@ -25,7 +25,7 @@ from torch import Tensor
 from crosscoder.capture.models import Forward, StudiedModel
 from crosscoder.codes import SparseCode
 from crosscoder.crosscoder import Crosscoder
-from crosscoder.errors import EditError, SourceMismatch
+from crosscoder.errors import EditError, SourceMismatch, TokenizerMismatch
 from crosscoder.interventions.edits import Edit
 from crosscoder.nonlinearities import TopK
 from crosscoder.sources import Source, site_order
@@ -149,11 +149,18 @@ def _groups(crosscoder: Crosscoder, latents: Sequence[int], *, writing: str | No
 
 
 def check_models(crosscoder: Crosscoder, models: Mapping[str, StudiedModel]) -> None:
-    """Raises EditError unless all models that the crosscoder reads or writes are there."""
-    missing = [alias for alias in crosscoder.sources.underlying.models if alias not in models]
+    """Raises EditError unless all models of the crosscoder's sources are there, and TokenizerMismatch unless alike."""
+    wanted = crosscoder.sources.underlying.models
+    missing = [alias for alias in wanted if alias not in models]
     if missing:
         raise EditError(
-            f"editing through this crosscoder needs {', '.join(crosscoder.sources.underlying.models)}; "
-            f"{', '.join(missing)} did not come.",
+            f"editing through this crosscoder needs {', '.join(wanted)}; {', '.join(missing)} did not come.",
             hint="Give models={alias: StudiedModel} for every one: each runs beside the other.",
+        )
+    vocabularies = {alias: models[alias].identity["tokenizer"] for alias in wanted}
+    if len(set(vocabularies.values())) > 1:
+        raise TokenizerMismatch(
+            "while one model runs edited, the others have to run on the same tokens; these do not share a tokenizer.",
+            details=[f"{alias}  vocabulary {vocabulary}" for alias, vocabulary in vocabularies.items()],
+            hint="Edit through a crosscoder of models that share one.",
         )
