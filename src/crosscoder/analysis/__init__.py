@@ -7,6 +7,7 @@ from crosscoder.analysis.bootstrap import Bootstrap
 from crosscoder.analysis.classes import CUTOFFS, CutOffs, LatentClasses, Twins, latent_classes, relative_norm, twins
 from crosscoder.analysis.controls import Band, CountsBeyond, counts_beyond, null_band
 from crosscoder.analysis.cross_entropy import CrossEntropy
+from crosscoder.analysis.emergence import Emergence, OneAgainstAll, emergence, one_against_all
 from crosscoder.analysis.evaluation import Evaluation, evaluate
 from crosscoder.analysis.exemplars import Exemplars
 from crosscoder.analysis.label_scores import LabelScore, LabelScores, label_scores
@@ -26,6 +27,7 @@ __all__ = [
     "CrossEntropy",
     "CutOffs",
     "Diff",
+    "Emergence",
     "Evaluation",
     "Exemplars",
     "LabelScore",
@@ -35,12 +37,14 @@ __all__ = [
     "LatentScaling",
     "LatentStatistics",
     "LogitLens",
+    "OneAgainstAll",
     "PairControls",
     "ScalingIntervals",
     "ScalingSums",
     "Twins",
     "counts_beyond",
     "diff_run",
+    "emergence",
     "evaluate",
     "evaluate_run",
     "label_scores",
@@ -48,6 +52,7 @@ __all__ = [
     "latent_scaling",
     "logit_lens",
     "null_band",
+    "one_against_all",
     "read_controls",
     "read_labels",
     "relative_norm",
