@@ -122,6 +122,7 @@ def diff(
         str | None, typer.Option(help="A run whose best latents are scored beside, for --labels.")
     ] = None,
     cutoffs: Annotated[str, typer.Option(help="Where classes begin: default, minder, anthropic or dfc.")] = "default",
+    patched: Annotated[int, typer.Option(min=0, help="Contexts that KL patching is run on; 0: none.")] = 32,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
@@ -130,7 +131,42 @@ def diff(
         from crosscoder.cli.diff import Question
         from crosscoder.cli.diff import run as body
 
-        body(run, Question(a, b, labels, baseline, cutoffs), out=out, as_json=as_json)
+        body(run, Question(a, b, labels, baseline, cutoffs, patched), out=out, as_json=as_json)
+
+
+@app.command()
+def controls(
+    run: Trained,
+    overrides: Overrides = None,
+    a: Annotated[str | None, typer.Option("--a", help="One source, or the alias of its model.")] = None,
+    b: Annotated[str | None, typer.Option("--b", help="The other one.")] = None,
+    null: Annotated[
+        bool, typer.Option("--null", help="b made up from a, with a difference without structure.")
+    ] = False,
+    identical: Annotated[bool, typer.Option("--identical", help="b a copy of a.")] = False,
+    repeat: Annotated[bool, typer.Option("--repeat", help="The same run with other seeds.")] = False,
+    baselines: Annotated[bool, typer.Option("--baselines", help="SAEs of the difference and of each source.")] = False,
+    partner: Annotated[
+        list[str] | None, typer.Option(metavar="ALIAS=PATH", help="The same run with another model there. Repeatable.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many null pairs, and repeats.")] = 3,
+    num_tokens: Annotated[int | None, typer.Option(min=1, help="Rows to train each on; as many as the run.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be trained, and how long.")] = False,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train runs to compare with, and calibrate cut-offs on them: what does training alone make of no difference?
+
+    Without a choice, null pairs. They go to RUN/controls; finished ones are not trained again.
+    """
+    with one_screen(CONTINUES):
+        from crosscoder.cli import controls as body
+
+        chosen = {"null": null, "identical": identical, "repeat": repeat, "baselines": baselines}
+        changes = [*(overrides or []), *([] if num_tokens is None else [f"train.num_tokens={num_tokens}"])]
+        kinds = tuple(name for name, wanted in chosen.items() if wanted)
+        asked = body.Asked(a, b, kinds, seeds, tuple(partner or ()), tuple(changes))
+        (body.dry_run if dry_run else body.run)(run, asked, out=out, as_json=as_json)
 
 
 @app.command()
@@ -189,6 +225,25 @@ def convert(
         from crosscoder.cli.convert import run as body
 
         body(source, Names(models, site, scales), out=out, layout=layout.value, to=to.value, as_json=as_json)
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="The recipe; all are listed without one.")
+    ] = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Write the run file there, instead of printing it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List run files of published set-ups, or print one: crosscoder recipes NAME > run.yaml."""
+    with one_screen("Nothing was half-written; run the command again."):
+        from crosscoder.cli import recipes as body
+
+        if name is None:
+            body.list_recipes(as_json=as_json)
+        else:
+            body.print_recipe(name, overrides or [], out=out, as_json=as_json)
 
 
 @app.command()
