@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from crosscoder.errors import ConfigError
+from crosscoder.errors import EditError
 from crosscoder.training.json_numbers import json_values
 
 Kind = Literal["reference", "tokens", "ranked", "random", "top half", "bottom half"]
@@ -107,7 +107,7 @@ class PatchingCurves:
             if condition.kind in ("ranked", "random") and condition.name == name and condition.num_latents is not None:
                 places.setdefault(condition.num_latents, []).append(place)
         if not places:
-            raise ConfigError(f"no curve is called {name!r}.", details=self.names, hint="Name one of these.")
+            raise EditError(f"no curve is called {name!r}.", details=self.names, hint="Name one of these.")
         g, draws = self._group(group), self._recovered_draws
         return [
             (size, _estimate(self.recovered[at, g].mean(), draws[:, at, g].mean(1)))
@@ -163,13 +163,13 @@ class PatchingCurves:
     def _only(self, kind: Kind, name: str) -> Condition:
         found = [c for c in self.conditions if (c.kind, c.name) == (kind, name)]
         if not found:
-            raise ConfigError(f"no chosen set of {name!r} was halved.", details=self.names, hint="Name one of these.")
+            raise EditError(f"no chosen set of {name!r} was halved.", details=self.names, hint="Name one of these.")
         return found[0]
 
     def _place(self, condition: Condition) -> int:
         if condition in self.conditions:
             return self.conditions.index(condition)
-        raise ConfigError(
+        raise EditError(
             f"expected a condition that was run; got {condition}.",
             details=[f"{c.kind} {c.name} {c.num_latents or ''}".strip() for c in self.conditions],
         )
@@ -177,7 +177,7 @@ class PatchingCurves:
     def _group(self, group: str) -> int:
         if group in self.groups:
             return self.groups.index(group)
-        raise ConfigError(
+        raise EditError(
             f"the text has no tokens of a group {group!r}.", details=self.groups, hint="Name one of these."
         )
 

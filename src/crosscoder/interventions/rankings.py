@@ -12,7 +12,7 @@ from torch import Tensor
 def ranked(
     score: Float[Tensor, "latents"], *, among: Int[Tensor, "some"] | None = None, largest: bool = True
 ) -> Int[Tensor, "ranked"]:
-    """The latents (of `among`) from the largest score to the smallest, or the other way; those without one are left out.
+    """The latents (of `among`) by score, the largest first or the other way; those that have none are left out.
 
     Equal scores keep the order of the latents.
     """
