@@ -13,6 +13,7 @@ A direction is read as the logit lens of `logit_lens` reads decoder rows, at the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -27,8 +28,9 @@ from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.huggingface import Tokenizer
 from crosscoder.capture.models import StudiedModel
 from crosscoder.capture.null_pair import fit_difference, pair_of
-from crosscoder.errors import TextError
+from crosscoder.errors import TextError, UnsupportedSite
 
+log = logging.getLogger(__name__)
 POSITIONS = (1, 2, 3, 4, 5)
 NUM_TOKENS = 10
 
@@ -126,10 +128,14 @@ def principal_components(
 
 
 def readings(model: StudiedModel | None, directions: Float[Tensor, "some width"]) -> tuple[Reading, ...] | None:
-    """What each direction promotes and suppresses; None without a model that can be read."""
+    """What each direction promotes and suppresses; None without a model, or where no head of it reads directions."""
     if model is None or not len(directions):
         return None
-    logits = promoted(model, directions.to(model.device)).cpu()
+    try:
+        logits = promoted(model, directions.to(model.device)).cpu()
+    except UnsupportedSite as error:
+        log.warning("directions of the difference are not read: %s", error.message)
+        return None
     top = [side.topk(NUM_TOKENS, dim=1).indices.tolist() for side in (logits, -logits)]
     text = token_pieces(model.tokenizer, (token for side in top for row in side for token in row))
     return tuple(

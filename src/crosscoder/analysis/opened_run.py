@@ -27,7 +27,6 @@ from crosscoder.crosscoder import Crosscoder
 from crosscoder.crosscoder_files import tensors_of
 from crosscoder.errors import ConfigError, FileFormatError, RunConflict, SourceMismatch
 from crosscoder.progress import Progress, silent
-from crosscoder.sources import Source
 from crosscoder.training import runfile
 from crosscoder.training.config import RunConfig
 from crosscoder.training.directory import RunDirectory
@@ -111,11 +110,6 @@ class OpenedRun:
         """The models that cross-entropy can be measured with: none for encoders, nor where a source is made up."""
         encoders = any(model.architecture.family.encoder for model in self.models.values())
         return None if encoders or self.config.activations.null_pair is not None else self.models
-
-    def readable(self, source: Source) -> StudiedModel | None:
-        """The model whose unembedding reads directions at `source`: None outside the residual stream or without one."""
-        model = self.models.get(source.model)
-        return None if model is None or not model.can_unembed or source.site.endswith(".mlp_in") else model
 
     @cached_property
     def _difference(self) -> Difference | None:

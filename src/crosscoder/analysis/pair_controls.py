@@ -64,21 +64,23 @@ class CalibratedScore:
 
 @dataclass(frozen=True)
 class Stability:
-    """How far a repeat of the run with another seed finds the same latents.
+    """How far a repeat of the run with another seed finds the same latents (`stability`).
 
-    Shares of live latents with a partner there whose decoder cosine (all sources side by side, normalised space) is at
-    least `cosine`; of the run's latents beyond a cut, the share with a partner that also lies beyond it.
+    Shares of live latents that come back: have a mutual match there with at least the cut, by decoder cosine and by the
+    correlation of values on the run's analysis set (None where the joint sums are too large). `beyond` and
+    `beyond_again`: of latents beyond a cut here, by `score/side`, those whose match there lies beyond it too.
     """
 
     run: str
-    num_latents: int
-    cosine: float
-    share_matched: float
+    num_live: int
+    cosine_cut: float
+    share_by_decoder: float
     median_cosine: float
-    share_matched_by_activity: float | None
+    correlation_cut: float
+    share_by_activation: float | None
     median_correlation: float | None
-    num_beyond: dict[str, int]
-    share_beyond_again: dict[str, float | None]
+    beyond: dict[str, int]
+    beyond_again: dict[str, int]
 
 
 @dataclass(frozen=True)
