@@ -74,7 +74,7 @@ def recipe(name: str) -> Recipe:
     """The recipe of that name; raises ConfigError with the nearest one."""
     if name in RECIPES:
         return RECIPES[name]
-    near = difflib.get_close_matches(name, RECIPES, n=1)
+    near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
     raise ConfigError(
         f"no recipe is called {name!r}.",
         details=list(RECIPES),
@@ -270,7 +270,7 @@ _DICTIONARY_LEARNING = (
     "writes them",
     f"{_CENTRED}; published: raw activations, and a bias that starts at their geometric median",
     "the 100 million tokens are one pass over newly drawn text; the published code goes twice over a stored set",
-    "text: FineWeb and LMSYS-Chat-1M as their owners give them, dialogues in the chat model's template; BOS is left out",
+    "text: FineWeb and LMSYS-Chat-1M as their owners give them, dialogues in the chat model's template; no BOS",
     _LIVE,
 )
 _BATCH_TOPK = (
@@ -376,8 +376,8 @@ RECIPES = _recipes(
         "Dedicated latents between Llama-3.1-8B and Qwen3-8B, 131,072 latents (Jiralerspong & Bricken 2026).",
         "https://arxiv.org/abs/2602.11729",
         (
-            "the layers of this pair could not be looked up: the middle ones are a choice (16 of 32, 18 of 36); and so is the "
-            "instruction-tuned Llama, whose chat template renders the dialogues",
+            "the layers of this pair could not be looked up: the middle ones are a choice (16 of 32, 18 of 36), and so "
+            "is the instruction-tuned Llama, whose chat template renders the dialogues",
             "tokens are paired where both end at the same byte of the text, not by windows of decoded text",
             f"{_CENTRED}; published: the median norm is scaled, and tokens beyond twice the median are left out",
             "AuxK is not divided by the variance of the residual",
