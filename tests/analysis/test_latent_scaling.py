@@ -15,6 +15,7 @@ from crosscoder.analysis.latent_scaling import LatentScaling, latent_scaling, sc
 from crosscoder.analysis.passes import watch
 from crosscoder.analysis.scaling_sums import ScalingSums
 from crosscoder.capture.ancestry import Ancestry
+from crosscoder.capture.null_pair import NullPair
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import ConfigError, SourceMismatch, TextError
 from crosscoder.nonlinearities import BatchTopK
@@ -455,3 +456,40 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
         low, high = found.intervals.nu_error.T
         covered.append(float(((low <= 0.5) & (high >= 0.5)).double().mean()))
     assert 0.90 <= covered[0] <= 0.98 and covered[1] < 0.75
+
+
+def test_a_null_pair_is_a_source_like_any_other() -> None:
+    """A copy has ν = 1 once the crosscoder treats both alike; a structureless partner gives numbers all the same."""
+    cc = random_crosscoder((6, 6), num_latents=30)
+    real = some_rows(cc)
+    noisy = latent_scaling(cc, NullPair(real, a="base", b="chat"), a="base", b="chat")
+    live = noisy.num_active > 0
+    assert noisy.nu_error[live].isfinite().all() and live.any()
+    with torch.no_grad():
+        for part in (cc.weights[0].decoder, cc.weights[0].encoder, cc.bias[None], cc.mean[None]):
+            part[:, 6:] = part[:, :6]
+    cc.set_normaliser(cc.mean, torch.tensor([2.0, 2.0]))
+    half = real.x[:, :6]
+    twice = ListedActivations(cc.sources, torch.cat([half, half], dim=1), real.rows)
+    copied = latent_scaling(cc, twice, a="base", b="chat")
+    close(copied.nu_error[copied.num_active > 0], torch.ones(int((copied.num_active > 0).sum())), 1e-3)
+
+
+def test_a_direction_that_is_left_over_makes_no_latent_specific() -> None:
+    """Base's leftover decoder of chat's concept: β_error is 0 there, and its ratio is not looked at."""
+    cc, x, _ = exclusive_concept()
+    with torch.no_grad():
+        cc.weights[0].decoder[1, 3] = 0.2
+    cc.refresh_gate()
+    sums = ScalingSums(cc, [("base", "chat"), ("chat", "base")], bootstrap=None)
+    watch(cc, ListedActivations(cc.sources, x), reconstructions=[sums])
+    of_chat, of_base = scaling(sums, a="base", b="chat"), scaling(sums, a="chat", b="base")
+    assert of_chat.specific().tolist() == [False, True]
+    assert of_base.beta_error_b[1].abs() < 1e-9 and of_base.specific().tolist() == [False, False]
+    assert of_chat.specific(least_beta=1.5).tolist() == [False, False]
+    assert replace(
+        of_chat, nu_error=torch.tensor([0.0, -0.3]), nu_reconstruction=torch.zeros(2)
+    ).specific().tolist() == [
+        True,
+        False,
+    ]

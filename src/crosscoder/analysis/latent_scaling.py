@@ -37,7 +37,7 @@ from typing import Literal
 
 import pyarrow as pa
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from crosscoder.activations import ActivationSource
@@ -98,6 +98,17 @@ class LatentScaling:
     num_active: Int[Tensor, "latents"]
     intervals: ScalingIntervals | None = None
     reason: str | None = None
+
+    def specific(
+        self, *, nu_error: float = 0.2, nu_reconstruction: float = 0.5, least_beta: float = 0.5
+    ) -> Bool[Tensor, "latents"]:
+        """Latents that are b's alone: both |ν| below the cut-offs (Minder et al. 2025), and β_error at b large enough.
+
+        The last is 1 for a latent whose direction is right at b, 0 for one whose decoder row there is left over from
+        the start of training and explains nothing: its ν is the ratio of two numbers near 0, and says nothing.
+        """
+        low = (self.nu_error.abs() < nu_error) & (self.nu_reconstruction.abs() < nu_reconstruction)
+        return low & (self.beta_error_b >= least_beta)
 
     def table(self) -> pa.Table:
         """One row per latent; NaN is null, and what the numbers are of stands in the metadata."""
