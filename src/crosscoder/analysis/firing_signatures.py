@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -58,11 +59,13 @@ class FiringSignatures:
         code = in_units(batch, code, self.unit)
         slot = self._slot[code.latents.cpu()]
         kept = (slot >= 0).nonzero().squeeze(1)
-        rows = code.row_ids.cpu()[kept]
-        for some in torch.arange(len(kept)).split(max(1, _AT_ONCE // self.num_hashes)):
-            hashes = _hashes(rows[some] + self.num_units, self.num_hashes, seed=self._seed)
-            where = slot[kept[some]][:, None].expand(-1, self.num_hashes)
-            self._signature.scatter_reduce_(0, where, hashes, "amin")
+        kept = kept[slot[kept].argsort(stable=True)]
+        hashes = _hashes(torch.arange(code.num_rows) + self.num_units, self.num_hashes, seed=self._seed).numpy()
+        for some in kept.split(max(1, _AT_ONCE // self.num_hashes)):
+            owners, number = slot[some].unique_consecutive(return_counts=True)
+            starts = (number.cumsum(0) - number).numpy()
+            least = np.minimum.reduceat(hashes[code.row_ids.cpu()[some].numpy()], starts, axis=0)
+            self._signature[owners] = torch.minimum(self._signature[owners], torch.from_numpy(least))
         self.num_units += code.num_rows
 
     def similar(
