@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 
-from crosscoder.activations import ROLES
+from crosscoder.activations import ROLES, Rows
+from crosscoder.analysis.calibrated import Cut, Found, NullTest
 from crosscoder.analysis.classes import latent_classes
-from crosscoder.analysis.diff_data import most_specific
+from crosscoder.analysis.diff_data import most_used
 from crosscoder.analysis.label_scores import DetectorScore, LabelScore, LabelScores
 from crosscoder.analysis.latent_cards import LatentCard, highlighted, percent
 from crosscoder.analysis.markup import page, plain, visible
+from crosscoder.analysis.pair import PairStatistics, pair_statistics
+from crosscoder.analysis.pair_controls import CalibratedScore, ControlResult, PairControls, Stability
+from crosscoder.analysis.passes import watch
 from crosscoder.analysis.plots import Axes, Curve, bars, curves, tiles
 from crosscoder.analysis.report import ReportData, report
+from crosscoder.analysis.shares import share_of
+from crosscoder.analysis.statistics import LatentStatistics
+from crosscoder.analysis.survivors import Survivors
+from crosscoder.capture.analysis_set import AnalysisSet
+from crosscoder.capture.contexts import DocumentId
+from crosscoder.crosscoder import Crosscoder
+from crosscoder.interventions.patching_curves import Condition, PatchingCurves
 
-from .worlds import random_crosscoder
+from .worlds import ListedActivations, random_crosscoder
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -33,7 +45,7 @@ HOSTILE = (
 )
 ALLOWED = {
     "html", "head", "meta", "title", "style", "body", "header", "main", "section", "article", "footer", "figure",
-    "figcaption", "h1", "h2", "h3", "p", "b", "span", "dl", "dt", "dd", "div", "ol", "li", "br", "a", "code",
+    "figcaption", "h1", "h2", "h3", "p", "b", "span", "dl", "dt", "dd", "div", "ol", "li", "br", "a", "code", "polygon",
     "table", "thead", "tbody", "tr", "th", "td", "svg", "line", "rect", "circle", "polyline", "text",
 }  # fmt: skip
 
@@ -97,11 +109,78 @@ def hostile_data(*, labels: LabelScores | None = None) -> ReportData:
         evaluation=evaluation,
         density=np.full(cc.num_latents, 0.01),
         cards=cards,
-        most_a=[0, 1],
-        most_b=[2],
+        most={"a": Survivors("a", "joint", (0, 1), None), "b": Survivors("b", "joint", (2,), null_score("b"))},
         named=[3],
+        changed=[4],
         labels=labels,
+        pair=pair_of_rows(cc),
+        controls=null_controls(),
+        patching=patched(),
     )
+
+
+def pair_of_rows(cc: Crosscoder) -> PairStatistics:
+    """What a pass over a few random rows tells of the pair."""
+    text = tiny_text(contexts=6, length=4)
+    rows = Rows(*(torch.arange(24) // 4, torch.arange(24) % 4, torch.ones(24, dtype=torch.int64)))
+    x = torch.randn(24, cc.sources.width, generator=torch.Generator().manual_seed(0))
+    statistics = LatentStatistics(cc.num_latents)
+    activations = ListedActivations(cc.sources, x, rows)
+    watch(cc, activations, [statistics])
+    classes = latent_classes(cc, a="base", b="chat", density=statistics.density)
+    return pair_statistics(cc, activations, classes, text=text, statistics=statistics.table(cc))
+
+
+def tiny_text(*, contexts: int, length: int) -> AnalysisSet:
+    """Contexts of that many tokens, each a document of its own."""
+    size = contexts * length
+    zeros = torch.zeros(size, dtype=torch.int64)
+    return AnalysisSet(
+        pointers=torch.arange(contexts + 1) * length,
+        token_ids=zeros,
+        roles=zeros,
+        document=torch.arange(size) // length,
+        char_start=zeros,
+        char_end=zeros + 1,
+        kept=torch.ones(size, dtype=torch.bool),
+        documents=tuple(DocumentId(str(n), "toy") for n in range(contexts)),
+        vocabulary="toy",
+    )
+
+
+def null_score(side: str) -> CalibratedScore:
+    """A cut-off that was tested, with a partner of a hostile name."""
+    found = Found(HOSTILE[0], 20, 3, 0.1, 0.03, 0.2)
+    cut = Cut("joint", side, 0.5, 0.002, (1, 2, 3), 60, 0, True)
+    tested = NullTest((4, 5), share_of([0, 1], [20, 20]))
+    return CalibratedScore(cut, tested, found, (found,), found, (found,), (1,) * 50, (2,) * 50)
+
+
+def null_controls() -> PairControls:
+    """Controls whose every name is hostile."""
+    result = ControlResult(HOSTILE[1], "null", HOSTILE[2], 1, 20, 18, 100, 0.9, 4.0, 0.1, False)
+    stable = Stability(HOSTILE[3], 18, 0.9, 0.5, 0.8, 0.5, None, None, {"joint/b": 3}, {"joint/b": 1})
+    scores = (null_score("a"), null_score("b"))
+    seeds = ((1, 2, 3), (4, 5))
+    return PairControls(
+        "a", "b", "mark", *seeds, scores, None, None, None, (result,), (stable,), None, None, (HOSTILE[4],)
+    )
+
+
+def patched() -> PatchingCurves:
+    """Curves with made-up divergences."""
+    names = ("none", "latents", "reconstruction", "error")
+    conditions = (
+        *(Condition("reference", name) for name in names),
+        Condition("tokens", "template"),
+        *(Condition("ranked", "joint", n) for n in (1, 10)),
+        Condition("random", "random", 1, 0),
+        Condition("top half", "joint", 5),
+        Condition("bottom half", "joint", 5),
+    )
+    kl = torch.linspace(1.0, 0.1, len(conditions))[:, None].double()
+    draws = kl[None] + torch.linspace(-0.05, 0.05, 11).double()[:, None, None]
+    return PatchingCurves("a", "b", conditions, ("all",), kl, draws, torch.tensor([24]), 6, 6)
 
 
 def labels() -> LabelScores:
@@ -158,7 +237,33 @@ def test_highlights_follow_values() -> None:
 
 def test_the_head_says_that_there_is_no_control() -> None:
     """Counts beyond a cut-off do not stand alone."""
-    assert "This report has no null control" in report(hostile_data())
+    data = replace(hostile_data(), controls=None)
+    assert "This report has no controls" in report(data)
+    assert "of another crosscoder" in report(replace(data, stale_controls=True))
+
+
+def test_the_head_leads_with_what_survives_and_the_controls_come_before_the_latents() -> None:
+    """Beyond a tested cut-off there is a sentence with what chance would give; untested cut-offs are said to be."""
+    html = report(hostile_data())
+    assert "1 latent is specific to" in html and "(0.1 expected by chance)" in html
+    assert (
+        html.index('id="controls"')
+        < html.index('id="scaling"')
+        < html.index('id="most-b"')
+        < html.index('id="methods"')
+    )
+    assert "This report has no controls" not in html
+    untested = replace(hostile_data(), controls=replace(null_controls(), test_seeds=()))
+    assert "not tested on others" in report(untested)
+
+
+def test_scaling_says_why_it_has_no_meaning() -> None:
+    """The reason stands in the place of the numbers."""
+    data = hostile_data()
+    assert data.pair is not None
+    unrelated = replace(data.pair, toward_b=replace(data.pair.toward_b, reason=HOSTILE[0]))
+    html = report(replace(data, pair=unrelated))
+    assert "Latent scaling has no meaning here: &lt;script&gt;" in html and "turned up and down" not in html
 
 
 def test_a_card_says_why_it_has_no_logit_lens() -> None:
@@ -184,11 +289,10 @@ def test_bars_have_heights_in_proportion_to_the_log() -> None:
     assert svg.count("<rect") == 2 and f'height="{heights[0]:.1f}"' in svg
 
 
-def test_most_specific_latents_by_hand() -> None:
-    """From either end, most extreme first; unusable ones and NaN never."""
-    norms = np.array([0.5, 0.1, 0.9, 0.3, np.nan, 0.05, 0.6])
-    usable = np.array([1, 1, 1, 1, 1, 0, 1], dtype=bool)
-    assert most_specific(norms, usable, num_shown=2) == ([1, 3], [2, 6])
+def test_most_used_latents_by_hand() -> None:
+    """Those of the side asked for, the most active first; silent ones never."""
+    among = np.array([1, 1, 0, 1, 1], dtype=bool)
+    assert most_used(np.array([5, 9, 20, 0, 7]), among, num_shown=2) == [1, 4]
 
 
 def test_percent_keeps_two_digits_however_small() -> None:
@@ -200,7 +304,7 @@ def test_an_empty_class_does_not_break_the_plots() -> None:
     """All latents dead: the page still stands."""
     data = hostile_data()
     dead = latent_classes(random_crosscoder(), a="base", b="chat", density=torch.zeros(20))
-    html = report(ReportData(dead, data.facts, data.evaluation, np.zeros(20), {}, [], []))
+    html = report(ReportData(dead, data.facts, data.evaluation, np.zeros(20), {}))
     assert "Of 0 latents that fire" in html
 
 

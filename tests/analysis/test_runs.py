@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from crosscoder.analysis import CrossEntropy, diff_run, evaluate_run
+from crosscoder.analysis import CrossEntropy, Labelled, diff_run, evaluate_run
 from crosscoder.analysis.opened_run import OpenedRun, open_run
 from crosscoder.analysis.tables import read_table
 from crosscoder.capture.corpus import Corpus
@@ -122,12 +122,12 @@ def test_diff_writes_a_directory_for_the_pair(run: Path, tmp_path: Path) -> None
     diff = diff_run(run, labels=labels_for(run, tmp_path / "labels.jsonl"))
     assert diff.path == run / "diff" / "base--chat" and (run / "evaluation.json").exists()
     summary = json.loads((diff.path / "summary.json").read_text())
-    assert summary["format"] == "crosscoder.diff/1" and summary["classes"] == diff.classes.counts
+    assert summary["format"] == "crosscoder.diff/2" and summary["classes"] == diff.classes.counts
     assert summary["labels"]["labels"][0]["label"] == "even"
     table = read_table(diff.path / "latents.parquet", thing="diff_latents")
     assert {"latent", "density", "class", "relative_norm", "cosine"} <= set(table.column_names)
     html = diff.report.read_text()
-    assert html.startswith("<!doctype html>") and "promotes" in html and "no null control" in html
+    assert html.startswith("<!doctype html>") and "promotes" in html and "This report has no controls" in html
 
 
 def test_numbers_that_are_none_are_null_in_json() -> None:
@@ -211,7 +211,7 @@ def test_a_baseline_stands_beside(run: Path, config: RunConfig, tmp_path: Path) 
     """An autoencoder of base alone is scored on the same labels."""
     changes = {"sources": config.sources[:1], "wiring": SaeConfig(num_latents=16), "out": str(tmp_path / "sae")}
     baseline = train(config.model_copy(update=changes)).path
-    diff = diff_run(run, labels=labels_for(run, tmp_path / "labels.jsonl"), baseline=baseline)
+    diff = diff_run(run, labels=Labelled(labels_for(run, tmp_path / "labels.jsonl"), baseline=baseline))
     assert "baseline latent" in [score.detector for score in diff.labels.labels[0].scores]
     with pytest.raises(SourceMismatch, match="writes one"):
         diff_run(baseline)

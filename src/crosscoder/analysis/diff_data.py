@@ -2,70 +2,102 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from crosscoder.analysis.classes import LatentClasses
+from crosscoder.analysis.diff_cards import CardMaker
 from crosscoder.analysis.label_scores import LabelScores
-from crosscoder.analysis.latent_cards import LatentCard
-from crosscoder.analysis.logit_lens import logit_lens
 from crosscoder.analysis.opened_run import OpenedRun
+from crosscoder.analysis.pair import PairStatistics
+from crosscoder.analysis.pair_controls import PairControls
 from crosscoder.analysis.report import ReportData
-from crosscoder.analysis.tables import read_table
-from crosscoder.errors import UnsupportedSite
+from crosscoder.analysis.survivors import Survivors, survivors
+from crosscoder.interventions.effects import LatentEffects
+from crosscoder.interventions.patching_curves import PatchingCurves
 from crosscoder.sources import SourceSet
 
-log = logging.getLogger(__name__)
 NUM_SHOWN = 12
+NUM_CHANGED = 4
+"""Amplified and attenuated latents whose cards are shown, of each."""
 MIN_ACTIVE = 10
-"""Latents active on fewer held-out rows are not shown as most specific: their contexts would be a handful of tokens."""
+"""Latents active on fewer held-out rows are not shown: their contexts would be a handful of tokens."""
 
 
-def report_data(
-    run: OpenedRun,
-    classes: LatentClasses,
-    *,
-    evaluation: Mapping[str, Any],
-    statistics: pa.Table,
-    labels: LabelScores | None,
-) -> ReportData:
+@dataclass(frozen=True)
+class DiffParts:
+    """What was measured of a pair, before anything is chosen to be shown; `stale_controls` as in the report."""
+
+    pair: PairStatistics
+    evaluation: Mapping[str, Any]
+    statistics: pa.Table
+    labels: LabelScores | None
+    controls: PairControls | None
+    stale_controls: bool
+    patching: PatchingCurves | None
+
+    @property
+    def survivors(self) -> dict[str, Survivors]:
+        """The latents of each side that survive, or the most extreme ones."""
+        return survivors(self.pair.specificity, self.controls)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Which latents the report has cards of; all of them once, in order, are `everything`."""
+
+    most: Mapping[str, Survivors]
+    by_wiring: Sequence[int]
+    named: Sequence[int]
+    changed: Sequence[int]
+
+    @property
+    def everything(self) -> list[int]:
+        """Latents with a card."""
+        of_sides = [latent for side in self.most.values() for latent in side.latents[:NUM_SHOWN]]
+        return list(dict.fromkeys([*of_sides, *self.by_wiring, *self.named, *self.changed]))
+
+
+def shown_latents(parts: DiffParts) -> Shown:
+    """The latents to show, each in the first place that wants it."""
+    num_active = parts.statistics["num_active"].to_numpy()
+    classes = parts.pair.classes
+    norms, fixed = classes.relative_norm.cpu().double().numpy(), classes.by_wiring.cpu().numpy()
+    used = np.where(fixed & (num_active >= MIN_ACTIVE), num_active, 0)
+    by_wiring = [i for end in (1, 0) for i in most_used(used, norms == end, num_shown=NUM_SHOWN // 2)]
+    found = parts.survivors
+    taken = {latent for side in found.values() for latent in side.latents[:NUM_SHOWN]} | set(by_wiring)
+    named = [latent for latent in dict.fromkeys(_best_latents(parts.labels)) if latent not in taken]
+    amplified = parts.pair.amplification
+    moved = [int(i) for way in ("amplified", "attenuated") for i in amplified.most(way, num=NUM_CHANGED)]
+    return Shown(found, by_wiring, named, [latent for latent in moved if latent not in {*taken, *named}])
+
+
+def report_data(run: OpenedRun, parts: DiffParts, shown: Shown, *, effects: LatentEffects | None) -> ReportData:
     """All that the report of one pair needs."""
-    norms = classes.relative_norm.cpu().double().numpy()
-    usable = statistics["num_active"].to_numpy() >= MIN_ACTIVE
-    fixed = classes.by_wiring.cpu().numpy()
-    most_a, most_b = most_specific(norms, usable & ~fixed, num_shown=NUM_SHOWN)
-    used = np.where(usable & fixed, statistics["num_active"].to_numpy(), 0)
-    most_a += most_used(used, norms == 0, num_shown=NUM_SHOWN // 2)
-    most_b += most_used(used, norms == 1, num_shown=NUM_SHOWN // 2)
-    named = _best_latents(labels)
-    shown = list(dict.fromkeys([*most_a, *most_b, *named]))
+    classes = parts.pair.classes
+    cards = CardMaker(run, parts.pair, parts.statistics).cards(shown.everything, effects)
     return ReportData(
         classes=classes,
         facts=_facts(run, classes),
-        evaluation=evaluation,
-        density=statistics["density"].to_numpy(),
-        cards=_cards(run, classes, statistics=statistics, latents=shown),
-        most_a=most_a,
-        most_b=most_b,
-        named=[latent for latent in named if latent not in {*most_a, *most_b}],
-        labels=labels,
+        evaluation=parts.evaluation,
+        density=parts.statistics["density"].to_numpy(),
+        cards=cards,
+        most=shown.most,
+        named=shown.named,
+        changed=shown.changed,
+        by_wiring=shown.by_wiring,
+        labels=parts.labels,
+        pair=parts.pair,
+        controls=parts.controls,
+        stale_controls=parts.stale_controls,
+        patching=parts.patching,
     )
-
-
-def most_specific(
-    norms: Float[np.ndarray, "latents"], usable: Bool[np.ndarray, "latents"], *, num_shown: int
-) -> tuple[list[int], list[int]]:
-    """Usable latents with the smallest relative norms below ½, and with the largest above it, most extreme first."""
-    order = np.argsort(norms, kind="stable")
-    order = order[usable[order] & np.isfinite(norms[order])]
-    low = [int(i) for i in order if norms[i] < 0.5][:num_shown]
-    high = [int(i) for i in order[::-1] if norms[i] > 0.5][:num_shown]
-    return low, high
 
 
 def most_used(
@@ -76,61 +108,19 @@ def most_used(
     return [int(i) for i in order if among[i] and num_active[i] > 0][:num_shown]
 
 
-def add_class_columns(statistics: pa.Table, classes: LatentClasses) -> pa.Table:
-    """The latents' statistics with their class, relative norm and cosine for one pair."""
-    of_pair = classes.table()
+def add_pair_columns(statistics: pa.Table, pair: PairStatistics) -> pa.Table:
+    """The latents' statistics with their class, scaling and scores for one pair."""
+    of_pair = pair.classes.table()
     for name in of_pair.column_names[1:]:
         statistics = statistics.append_column(name, of_pair[name])
+    for name, column in pair.columns().items():
+        statistics = statistics.append_column(name, column)
     return statistics
 
 
 def _best_latents(labels: LabelScores | None) -> list[int]:
     best = [] if labels is None else [label.best_latent for label in labels.labels]
     return [score.latent for score in best if score is not None and score.latent is not None]
-
-
-def _cards(
-    run: OpenedRun, classes: LatentClasses, *, statistics: pa.Table, latents: Sequence[int]
-) -> dict[int, LatentCard]:
-    exemplars: dict[int, list[dict[str, Any]]] = {latent: [] for latent in latents}
-    for row in read_table(run.out / "exemplars.parquet", thing="exemplars", latents=latents).to_pylist():
-        exemplars[row["latent"]].append(row)
-    rows = statistics.take(pa.array(latents, pa.int64())).to_pylist()
-    promoted, without_lens = _promoted(run, classes, latents)
-    fixed = classes.by_wiring.tolist()
-    return {
-        latent: LatentCard(
-            latent=latent,
-            relative_norm=float(classes.relative_norm[latent]),
-            cosine=None if classes.cosine is None or fixed[latent] else float(classes.cosine[latent]),
-            by_wiring=bool(fixed[latent]),
-            statistics=row,
-            promoted={source: pieces[latent] for source, pieces in promoted.items()},
-            exemplars=sorted(exemplars[latent], key=lambda exemplar: exemplar["rank"]),
-            without_lens=without_lens,
-        )
-        for latent, row in zip(latents, rows, strict=True)
-    }
-
-
-def _promoted(
-    run: OpenedRun, classes: LatentClasses, latents: Sequence[int]
-) -> tuple[dict[str, dict[int, list[str]]], dict[str, str]]:
-    """Promoted tokens by source and latent; and by source why not, where no head of the model reads it."""
-    promoted: dict[str, dict[int, list[str]]] = {}
-    without_lens: dict[str, str] = {}
-    for key in (classes.a, classes.b) if latents else ():
-        source = run.crosscoder.writes[key]
-        if source.difference is not None:
-            without_lens[key] = f"{key} is a difference of two models, which no head reads"
-            continue
-        model = run.models[source.model]
-        try:
-            promoted[key] = logit_lens(run.crosscoder, model, source=key, latents=latents).pieces(model.tokenizer)
-        except UnsupportedSite as error:
-            log.warning("no logit lens at %s: %s", key, error.message)
-            without_lens[key] = error.message
-    return promoted, without_lens
 
 
 def _facts(run: OpenedRun, classes: LatentClasses) -> dict[str, str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from crosscoder.activations import ROLES
@@ -14,10 +15,21 @@ LEVELS = 8
 
 
 @dataclass(frozen=True)
+class CardEffect:
+    """What ablating the latent does to one model: KL in nats where it is active and after, and tokens that it moves."""
+
+    source: str
+    kl_active: float
+    kl_after: float
+    falling: Sequence[str]
+    rising: Sequence[str]
+
+
+@dataclass(frozen=True)
 class LatentCard:
     """All that is shown of one latent; `exemplars` are rows of exemplars.parquet, `promoted` is by source.
 
-    `without_lens` says of a source why nothing is promoted there.
+    `without_lens` says of a source why nothing is promoted there; `measured` are further numbers by name.
     """
 
     latent: int
@@ -28,12 +40,15 @@ class LatentCard:
     exemplars: Sequence[Mapping[str, Any]]
     without_lens: Mapping[str, str]
     by_wiring: bool = False
+    measured: Mapping[str, str] = field(default_factory=dict)
+    effects: Sequence[CardEffect] = ()
 
     def html(self, *, side: str, number_of_exemplars: int) -> str:
         """The card; `side` is the colour class: a, b or shared."""
         shown = self.exemplars[:number_of_exemplars]
         lens = "".join(_lens(source, pieces) for source, pieces in self.promoted.items())
         lens += "".join(_no_lens(source, reason) for source, reason in self.without_lens.items())
+        lens += "".join(map(_effect, self.effects))
         items = "".join(_exemplar(row, top=float(self.statistics["max_value"])) for row in shown)
         place = dial(min(1.0, max(0.0, self.relative_norm)), title=f"relative norm {self.relative_norm:.3f}")
         return (
@@ -49,7 +64,8 @@ class LatentCard:
         facts += [f"active on {percent(s['density'])} of rows", f"largest value {s['max_value']:.3g}"]
         by_role = sorted(((s[f"density_{role}"], role) for role in ROLES), reverse=True)
         most = ", ".join(f"{role} {percent(density)}" for density, role in by_role[:2] if density > 0)
-        return " · ".join([*facts, *([most] if most else [])])
+        measured = [f"{plain(name)} {plain(value)}" for name, value in self.measured.items()]
+        return " · ".join([*facts, *([most] if most else []), *measured])
 
 
 def percent(share: float) -> str:
@@ -89,3 +105,18 @@ def _lens(source: str, pieces: Sequence[str]) -> str:
 
 def _no_lens(source: str, reason: str) -> str:
     return f'<p class="lens"><b>{plain(source)} has no logit lens</b>{plain(reason)}</p>'
+
+
+def _effect(effect: CardEffect) -> str:
+    if not isfinite(effect.kl_active):
+        return ""
+    moved = "".join(
+        f'<span class="how">{how}</span>' + "".join(f'<span class="piece">{visible(piece)}</span>' for piece in pieces)
+        for how, pieces in (("falls", effect.falling), ("rises", effect.rising))
+        if pieces
+    )
+    after = f", {effect.kl_after:.2g} after" if isfinite(effect.kl_after) else ""
+    return (
+        f'<p class="lens"><b>{plain(effect.source)} without it</b>'
+        f"KL {effect.kl_active:.2g} nats where it is active{after}{moved}</p>"
+    )

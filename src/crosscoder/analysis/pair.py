@@ -25,6 +25,7 @@ from crosscoder.analysis.latent_scaling import LatentScaling, scaling
 from crosscoder.analysis.passes import watch
 from crosscoder.analysis.scaling_sums import ScalingSums
 from crosscoder.analysis.source_activity import SourceActivity, SourceActivitySums
+from crosscoder.analysis.specificity import Specificity, specificity
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.ancestry import Ancestry
 from crosscoder.crosscoder import Crosscoder
@@ -44,6 +45,7 @@ class PairStatistics:
     classes: LatentClasses
     toward_a: LatentScaling
     toward_b: LatentScaling
+    specificity: Specificity
     activity: SourceActivity
     amplification: Amplification
     twins: Twins | None
@@ -54,13 +56,15 @@ class PairStatistics:
         """Why latent scaling has no meaning for this pair, if so."""
         return self.toward_b.reason
 
-    def columns(self) -> Mapping[str, pa.Array]:
+    def columns(self) -> Mapping[str, pa.ChunkedArray]:
         """What diff tables say of every latent beside its class; `_a` and `_b` are the sides it may belong to alone."""
-        found: dict[str, pa.Array] = {}
+        found: dict[str, pa.ChunkedArray] = {}
         for side, scaled in (("a", self.toward_a), ("b", self.toward_b)):
             table = scaled.table()
             names = [n for n in table.column_names if n.startswith(_SCALING)]
             found |= {f"{name}/{side}": table[name] for name in names}
+        scored = self.specificity.table()
+        found |= {f"specificity_{name}": scored[name] for name in scored.column_names if "/" in name}
         carried = self.amplification.table()
         found |= {name: carried[name] for name in ("norm_ratio", "activation_ratio")}
         driven = self.activity.table()
@@ -106,6 +110,7 @@ def pair_statistics(
         classes=classes,
         toward_a=toward_a,
         toward_b=toward_b,
+        specificity=specificity(classes, toward_a, toward_b),
         activity=driven.result,
         amplification=_amplification(classes, toward_a, toward_b, statistics=statistics),
         twins=found,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from math import log10
+from math import floor, log10
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -61,7 +61,7 @@ class Axes:
     def _labels(self) -> list[str]:
         if self.log or self.top >= 8:
             return [f"{tick:,.0f}" for tick in self._ticks]
-        if self.bottom < 0 or self.top > 1:
+        if self.bottom < -1 or self.top > 1.2:
             return [f"{tick:.2g}" for tick in self._ticks]
         return [f"{tick:.0%}" for tick in self._ticks]
 
@@ -123,9 +123,8 @@ def curves(
     """Lines over one another, each with its range as a band."""
     places = [x for line in lines for x in line.x]
     heights = [y for line in lines for y in (*line.y, *line.low, *line.high)]
-    axes = Axes(
-        min(places), max(max(places), min(places) + 1e-9), top or max(*heights, 1e-9), bottom=min(0.0, *heights)
-    )
+    bottom = floor(10 * min(0.0, *heights)) / 10
+    axes = Axes(min(places), max(max(places), min(places) + 1e-9), top or max(*heights, 1e-9), bottom=bottom)
     frame = axes.frame(x_ticks=x_ticks, x_label=labels[0], y_label=labels[1])
     return _svg(
         frame + "".join(_band(axes, line) for line in lines) + "".join(_line(axes, line) for line in lines), title

@@ -9,42 +9,74 @@ are of; a diff evaluates first where that was not done, or was done for others.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from crosscoder import files
 from crosscoder.analysis.classes import CutOffs, LatentClasses, latent_classes, source_pair
-from crosscoder.analysis.diff_data import add_class_columns, report_data
+from crosscoder.analysis.diff_cards import CardMaker
+from crosscoder.analysis.diff_data import DiffParts, add_pair_columns, report_data, shown_latents
 from crosscoder.analysis.evaluation import Evaluation, evaluate
 from crosscoder.analysis.exemplars import Exemplars
 from crosscoder.analysis.label_scores import LabelScores, label_scores
 from crosscoder.analysis.labels import read_labels
 from crosscoder.analysis.opened_run import OpenedRun, open_crosscoder, open_run
+from crosscoder.analysis.pair import PairStatistics, pair_statistics, related_models
+from crosscoder.analysis.pair_controls import PairControls, read_controls
 from crosscoder.analysis.report import report
 from crosscoder.analysis.statistics import LatentStatistics
+from crosscoder.analysis.survivors import Survivors, ranking
 from crosscoder.analysis.tables import read_table, write_table
 from crosscoder.analysis.tokens import exemplar_table
+from crosscoder.capture.ancestry import measure_ancestry
 from crosscoder.crosscoder import Crosscoder
-from crosscoder.errors import SourceMismatch
+from crosscoder.errors import SourceMismatch, UnsupportedSite
+from crosscoder.interventions.effects import LatentEffects
+from crosscoder.interventions.patching import PatchingPlan, patchable_pair, patching
+from crosscoder.interventions.patching_curves import PatchingCurves
 from crosscoder.progress import Progress, silent
 from crosscoder.training.json_numbers import json_values
 
+log = logging.getLogger(__name__)
 EVALUATION, LATENTS, EXEMPLARS = "evaluation.json", "latents.parquet", "exemplars.parquet"
 SUMMARY, REPORT = "summary.json", "report.html"
 
 
 @dataclass(frozen=True)
+class Labelled:
+    """A labels.jsonl, and a run or crosscoder on some of the same sources whose best latents are scored beside."""
+
+    path: str | Path
+    baseline: str | Path | None = None
+
+
+@dataclass(frozen=True)
 class Diff:
-    """What a diff found, and the directory it was written to."""
+    """What a diff found, and the directory it was written to.
+
+    `most` are the latents of each side that survive the controls, or the most extreme ones where there are none;
+    `effects` what ablating the latents shown does; `patching` is None where it was not asked for or means nothing.
+    """
 
     path: Path
-    classes: LatentClasses
+    pair: PairStatistics
     evaluation: Mapping[str, Any]
     labels: LabelScores | None
+    most: Mapping[str, Survivors]
+    controls: PairControls | None
+    effects: LatentEffects | None
+    patching: PatchingCurves | None
+
+    @property
+    def classes(self) -> LatentClasses:
+        """The class of every latent, by norms."""
+        return self.pair.classes
 
     @property
     def report(self) -> Path:
@@ -61,9 +93,13 @@ class Diff:
             "classes": c.counts,
             "classes_by_wiring": c.counts_by_wiring,
             "mean_cosine_of_shared": _mean_cosine(c),
+            "specific": {side: _surviving(found) for side, found in self.most.items()},
+            **self.pair.to_json(),
             "evaluation": {name: self.evaluation[name] for name in ("fve", "l0", "dead_fraction", "ce_recovered_min")},
             "labels": None if self.labels is None else self.labels.to_json(),
-            "null_control": None,
+            "controls": None if self.controls is None else self.controls.to_json(),
+            "effects": None if self.effects is None else self.effects.table().to_pylist(),
+            "patching": None if self.patching is None else self.patching.to_json(),
         }
 
 
@@ -86,41 +122,88 @@ def diff_run(
     *,
     a: str | None = None,
     b: str | None = None,
-    labels: str | Path | None = None,
-    baseline: str | Path | None = None,
+    labels: str | Path | Labelled | None = None,
     cutoffs: str | CutOffs = "default",
+    num_patched: int = 32,
     out: str | Path | None = None,
     progress: Progress = silent,
 ) -> Diff:
     """Compare two sources of a run and write a directory for the pair.
 
-    `a` and `b` may be left out where there are just two sources. `labels` is a labels.jsonl; `baseline` a run or
-    crosscoder on some of the same sources, whose best latents stand beside. Evaluates first where that is due.
+    `a` and `b` may be left out where there are just two sources. `labels` is a labels.jsonl, alone or with a baseline.
+    KL patching is run on `num_patched` contexts; 0 leaves it out. Controls of the pair are read where `run_controls`
+    left them, and never trained here. Evaluates first where that is due.
     """
     run = open_run(path, out=out, progress=progress)
     a, b = _pair(run.crosscoder, a, b)
-    spans = None if labels is None else read_labels(labels)
-    other = None if baseline is None else open_crosscoder(baseline)
+    labels = Labelled(labels) if isinstance(labels, str | Path) else labels
+    spans = None if labels is None else read_labels(labels.path)
+    other = None if labels is None or labels.baseline is None else open_crosscoder(labels.baseline)
     evaluation = _evaluated(run)
     statistics = read_table(run.out / LATENTS, thing="latents")
     density = torch.from_numpy(statistics["density"].to_numpy().copy())
     classes = latent_classes(run.crosscoder, a=a, b=b, cutoffs=cutoffs, density=density)
+    pair = _measured(run, classes, statistics)
     scores = None
     if spans is not None:
         scores = label_scores(
             run.crosscoder, run.activations(), run.text, labels=spans, a=a, b=b, baseline=other, progress=progress
         )
+    controls = read_controls(run.out, a=classes.a, b=classes.b)
+    stale = controls is not None and controls.fingerprint != run.fingerprint
+    patched = _patched(run, pair, num_contexts=num_patched)
+    parts = DiffParts(pair, evaluation, statistics, scores, None if stale else controls, stale, patched)
+    return _write(run, parts)
+
+
+def _measured(run: OpenedRun, classes: LatentClasses, statistics: pa.Table) -> PairStatistics:
+    """The one pass over the analysis set that a diff makes."""
+    models = related_models(run.crosscoder, a=classes.a, b=classes.b)
+    return pair_statistics(
+        run.crosscoder,
+        run.activations(),
+        classes,
+        text=run.text,
+        statistics=statistics,
+        ancestry=None if models is None else measure_ancestry(*(run.models[alias] for alias in models)),
+        progress=run.progress,
+    )
+
+
+def _patched(run: OpenedRun, pair: PairStatistics, *, num_contexts: int) -> PatchingCurves | None:
+    """KL patching from a to b by every score of specificity to b; None where a's activations mean nothing to b."""
+    a, b = pair.classes.a, pair.classes.b
+    differences = any(run.crosscoder.writes[key].difference is not None for key in (a, b))
+    if num_contexts == 0 or differences:
+        return None
+    try:
+        patchable_pair(run.crosscoder, run.models, a=a, b=b)
+        rankings = {name: ranking(pair.specificity, score=name, side="b") for name in pair.specificity.names}
+        plan = PatchingPlan(num_contexts=num_contexts)
+        return patching(
+            run.crosscoder, run.models, run.text, a=a, b=b, rankings=rankings, plan=plan, progress=run.progress
+        )
+    except (SourceMismatch, UnsupportedSite) as error:
+        log.info("no KL patching: %s", error.message)
+        return None
+
+
+def _write(run: OpenedRun, parts: DiffParts) -> Diff:
+    """Choose what to show, measure its effects, and write the directory of the pair."""
+    classes, shown = parts.pair.classes, shown_latents(parts)
+    effects = CardMaker(run, parts.pair, parts.statistics).measured_effects(shown.everything)
+    run.progress("writing the report", 0, 1)
     directory = run.out / "diff" / f"{_short(run.crosscoder, classes.a)}--{_short(run.crosscoder, classes.b)}"
-    diff = Diff(directory, classes, evaluation, scores)
-    progress("writing the report", 0, 1)
-    page = report(report_data(run, classes, evaluation=evaluation, statistics=statistics, labels=scores))
+    found = (parts.evaluation, parts.labels, shown.most, parts.controls, effects, parts.patching)
+    diff = Diff(directory, parts.pair, *found)
+    page = report(report_data(run, parts, shown, effects=effects))
     with files.replacing(directory) as draft:
         draft.mkdir(parents=True)
-        write_table(draft / LATENTS, add_class_columns(statistics, classes), thing="diff_latents")
-        summary = {"format": "crosscoder.diff/1", "fingerprint": run.fingerprint} | diff.to_json()
+        write_table(draft / LATENTS, add_pair_columns(parts.statistics, parts.pair), thing="diff_latents")
+        summary = {"format": "crosscoder.diff/2", "fingerprint": run.fingerprint} | diff.to_json()
         files.write_json(draft / SUMMARY, json_values(summary))
         (draft / REPORT).write_text(page, encoding="utf-8")
-    progress("writing the report", 1, 1)
+    run.progress("writing the report", 1, 1)
     return diff
 
 
@@ -128,11 +211,10 @@ def _evaluate(run: OpenedRun, *, num_ce_tokens: int = 20_000, num_exemplars: int
     cc = run.crosscoder
     statistics = LatentStatistics(cc.num_latents)
     exemplars = Exemplars(cc.num_latents, num_exemplars=num_exemplars)
-    encoders = any(model.architecture.family.encoder for model in run.models.values())
     evaluation = evaluate(
         cc,
         run.activations(),
-        None if encoders else run.models,
+        run.models_to_splice,
         text=run.text,
         num_ce_tokens=num_ce_tokens,
         observers=(statistics, exemplars),
@@ -179,6 +261,12 @@ def _short(crosscoder: Crosscoder, key: str) -> str:
     source = crosscoder.writes[key]
     alone = sum(other.model == source.model for other in crosscoder.writes) == 1
     return source.model if alone else key.replace("/", ".")
+
+
+def _surviving(found: Survivors) -> dict[str, Any]:
+    """The latents of one side, and the cut-off they lie beyond, if there is one."""
+    cut = None if found.calibrated is None else found.calibrated.cut.value
+    return {"score": found.score, "cut_off": cut, "latents": list(found.latents)}
 
 
 def _mean_cosine(classes: LatentClasses) -> float | None:

@@ -205,6 +205,44 @@ def encode(
 
 
 @app.command()
+def steer(
+    run: Trained,
+    latent: Annotated[list[int], typer.Option(help="A latent to edit. Repeatable: all are edited together.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt: text, or a dialogue as a JSON list of messages. Repeatable.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A .txt with one prompt a line, or a .jsonl of {prompt} or {messages}.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message before every prompt.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Prompts as they stand, without the chat template.")] = False,
+    model: Annotated[str | None, typer.Option(help="Alias of the model that speaks; the text's by default.")] = None,
+    doses: Annotated[
+        str,
+        typer.Option(help="With commas: multiples of each latent's largest value, ablate, scale=X, clamp=V, add=V."),
+    ] = "ablate,-1,0,0.5,1,2,4",
+    tokens: Annotated[
+        str,
+        typer.Option(help="What is edited: all, prompt, reply, reply:N (its first), roles or positions with commas."),
+    ] = "all",
+    source: Annotated[list[str] | None, typer.Option(help="Edit only this source or model. Repeatable.")] = None,
+    contains: Annotated[str | None, typer.Option(help="Count replies with this text in them.")] = None,
+    regex: Annotated[str | None, typer.Option(help="Count replies in which this regular expression is found.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest reply.")] = 60,
+    samples: Annotated[int, typer.Option(min=1, help="Replies a prompt, at temperature 1; one is greedy.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Where results go; by default steer/ in the run.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a model speak with some latents amplified or ablated, dose by dose, with the side effects on other text."""
+    with one_screen("Nothing was half-written; run the command again."):
+        from crosscoder.cli import steer as body
+
+        prompted = body.Prompted(tuple(prompt or ()), prompts, system, raw, max_new_tokens, samples)
+        asked = body.Doses(tuple(latent), doses, tokens, tuple(source or ()), model)
+        body.run(run, prompted, asked, sign=body.Sign(contains, regex), out=out, as_json=as_json)
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A file, a directory, or a Hub id owner/name.")],
     out: Annotated[Path, typer.Option(help="The directory to write.")],

@@ -12,6 +12,8 @@ from crosscoder.cli.reporting import print_json, print_table, terminal
 
 if TYPE_CHECKING:
     from crosscoder.analysis import Diff, LabelScore, LabelScores
+    from crosscoder.analysis.survivors import Survivors
+    from crosscoder.interventions.patching_curves import PatchingCurves
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Question:
     labels: Path | None
     baseline: str | None
     cutoffs: str
+    num_patched: int
 
 
 def run(path: str, question: Question, *, out: Path | None, as_json: bool) -> None:
@@ -34,9 +37,9 @@ def run(path: str, question: Question, *, out: Path | None, as_json: bool) -> No
             path,
             a=question.a,
             b=question.b,
-            labels=question.labels,
-            baseline=question.baseline,
+            labels=None if question.labels is None else analysis.Labelled(question.labels, question.baseline),
             cutoffs=question.cutoffs,
+            num_patched=question.num_patched,
             out=out,
             progress=view,
         )
@@ -52,9 +55,33 @@ def print_diff(diff: Diff) -> None:
     classes = diff.classes
     typer.echo(f"a = {classes.a}   b = {classes.b}")
     print_table(list(classes.counts), [[f"{count:,}" for count in classes.counts.values()]])
+    for side, found in sorted(diff.most.items(), reverse=True):
+        typer.echo(_specific(side, found))
+    if diff.patching is not None:
+        typer.echo(_patched(diff.patching))
     if diff.labels is not None:
         typer.echo()
         print_labels(diff.labels)
+
+
+def _specific(side: str, found: Survivors) -> str:
+    """How many latents are a side's own, and what a null would lead one to expect."""
+    first = ", ".join(map(str, found.latents[:8])) + (" ..." if len(found.latents) > 8 else "")
+    if found.calibrated is None:
+        return f"most specific to {side}, without controls (crosscoder controls): {first or 'none'}"
+    pair = found.calibrated.pair
+    return f"specific to {side}: {pair.num_beyond:,} ({pair.expected:.1f} expected by chance): {first}".rstrip(": ")
+
+
+def _patched(found: PatchingCurves) -> str:
+    """How much of the gap between the models all latents close."""
+    from crosscoder.interventions.patching_curves import Condition
+
+    share = found.share_recovered(Condition("reference", "latents"))
+    gap = found.divergence(Condition("reference", "none")).value
+    return (
+        f"KL of b on a's activations {gap:.3f}; all latents close {share.value:.0%} [{share.low:.0%}, {share.high:.0%}]"
+    )
 
 
 def print_labels(scores: LabelScores) -> None:

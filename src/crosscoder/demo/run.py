@@ -60,8 +60,7 @@ def run_demo(out: Path, *, sinks: MakeSinks = lambda label: [], progress: Progre
         trained.path,
         a="base",
         b="chat",
-        labels=labels_path(),
-        baseline=baseline.path,
+        labels=analysis.Labelled(labels_path(), baseline=baseline.path),
         progress=progress,
     )
     return DemoResult(trained.path, evaluation, diff)

@@ -21,7 +21,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "the other model: it was split in two (decoupling).",
         "interval of ν": "2.5 % and 97.5 % of a Poisson bootstrap over documents.",
         "specificity": "How far a latent is one side's alone, from 0 to 1. By norm: the relative norm seen from that "
-        "side. By scaling: 1 − max(ν error, ν reconstruction). Joint: the smaller of the two.",
+        "side. By scaling: 1 − max(|ν error|, |ν reconstruction|). Joint: the smaller of the two.",
         "cut-off": "The specificity that all but a stated share of the latents of null crosscoders stay below. A null "
         "crosscoder is trained as this one was, on a made-up partner x_b := x_a + N(mean, covariance of x_b − x_a).",
         "false-exclusive share": "The share of latents beyond the cut-off in null crosscoders of other seeds than "
@@ -32,7 +32,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "that goes with it.",
         "causal effect": "The latent is taken out of the running model, x − f·d in raw space, on the contexts in which "
         "it is most active. KL is of the model's next-token distributions, clean against edited, in nats per token.",
-        "KL patching": "x_a + Σ f (d_b − d_a) over a set of latents is fed to the rest of b; KL to b's own predictions.",
+        "KL patching": "x_a + Σ f (d_b − d_a) over a set of latents is fed to the rest of b; KL to b's predictions.",
         "promoted tokens": "The decoder row through the model's final norm and unembedding; later layers are skipped.",
         "AUROC of a label": "Chance that a token on which the behaviour acts scores higher than a look-alike of the "
         "same role, on documents that did not choose the latent.",

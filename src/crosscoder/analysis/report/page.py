@@ -7,25 +7,22 @@ classes, then the latents that survive, with their contexts, and how every numbe
 from __future__ import annotations
 
 from crosscoder.analysis.markup import page, plain
+from crosscoder.analysis.report.controls import controls, warning
 from crosscoder.analysis.report.data import ReportData
 from crosscoder.analysis.report.labels import labels
-from crosscoder.analysis.report.latents import latents, named
+from crosscoder.analysis.report.latents import changed, fixed, latents, named
+from crosscoder.analysis.report.methods import methods
 from crosscoder.analysis.report.norms import norms
 from crosscoder.analysis.report.numbers import numbers
-
-NO_CONTROL = (
-    "This report has no null control. Cut-offs of relative norms are set by hand, and training alone spreads the "
-    "norms: how many latents lie beyond a cut-off means something only beside a crosscoder of two sources that do not "
-    "differ."
-)
+from crosscoder.analysis.report.patching import patching
+from crosscoder.analysis.report.scaling import changes, scaling
 
 
 def report(data: ReportData) -> str:
     """The whole page as HTML."""
-    parts = [numbers(data), norms(data)]
-    if data.labels is not None:
-        parts += [labels(data, data.labels), named(data)]
-    parts += [latents(data, "b", data.most_b), latents(data, "a", data.most_a)]
+    parts = [numbers(data), controls(data), norms(data), scaling(data), changes(data), patching(data)]
+    parts += [labels(data, data.labels)] if data.labels is not None else []
+    parts += [latents(data, "b"), latents(data, "a"), fixed(data), named(data), changed(data), methods()]
     title = f"{data.classes.a} and {data.classes.b}: what differs"
     return page(title, f"{_head(data)}<main>{''.join(parts)}</main>{_foot()}")
 
@@ -33,12 +30,23 @@ def report(data: ReportData) -> str:
 def _head(data: ReportData) -> str:
     a, b = plain(data.classes.a), plain(data.classes.b)
     facts = "".join(f"<dt>{plain(name)}</dt><dd>{plain(value)}</dd>" for name, value in data.facts.items())
-    control = f'<div class="warning"><p>{plain(NO_CONTROL)}</p></div>'
     return (
         '<header class="top"><p class="kicker">Crosscoder diff</p>'
         f'<h1><span class="a">{a}</span><span class="versus"> against </span><span class="b">{b}</span></h1>'
-        f'<p class="lead">{_summary(data)}</p>{control}<dl class="facts">{facts}</dl></header>'
+        f'<p class="lead">{_found(data)} {_summary(data)}</p>{warning(data)}<dl class="facts">{facts}</dl></header>'
     )
+
+
+def _found(data: ReportData) -> str:
+    """What survives, in a sentence, where there are controls."""
+    beyond = {side: found for side, found in data.most.items() if found.calibrated is not None}
+    parts = [
+        f'{len(found.latents):,} {"latent is" if len(found.latents) == 1 else "latents are"} specific to <span class="side-{side}">{side}</span> '
+        f"({found.calibrated.pair.expected:.1f} expected by chance)"
+        for side, found in sorted(beyond.items(), reverse=True)
+        if found.calibrated is not None
+    ]
+    return f"Beyond cut-offs that null crosscoders set, {' and '.join(parts)}." if parts else ""
 
 
 def _summary(data: ReportData) -> str:
