@@ -41,12 +41,16 @@ def _found(data: ReportData) -> str:
     """What survives, in a sentence, where there are controls."""
     beyond = {side: found for side, found in data.most.items() if found.calibrated is not None}
     parts = [
-        f'{len(found.latents):,} {"latent is" if len(found.latents) == 1 else "latents are"} specific to <span class="side-{side}">{side}</span> '
+        f'{_counted(len(found.latents))} specific to <span class="side-{side}">{side}</span> '
         f"({found.calibrated.pair.expected:.1f} expected by chance)"
         for side, found in sorted(beyond.items(), reverse=True)
         if found.calibrated is not None
     ]
     return f"Beyond cut-offs that null crosscoders set, {' and '.join(parts)}." if parts else ""
+
+
+def _counted(number: int) -> str:
+    return f"{number:,} {'latent is' if number == 1 else 'latents are'}"
 
 
 def _summary(data: ReportData) -> str:
