@@ -9,6 +9,7 @@ from crosscoder.capture.corpus import Corpus
 from crosscoder.capture.fingerprints import vocabulary_hash
 from crosscoder.capture.models import StudiedModel
 from crosscoder.errors import TokenizerMismatch
+from crosscoder.sources import SourceSet
 
 
 def other_vocabularies(models: Mapping[str, StudiedModel], text: Corpus | AnalysisSet) -> dict[str, str]:
@@ -27,6 +28,18 @@ def other_vocabularies(models: Mapping[str, StudiedModel], text: Corpus | Analys
         hint="Set text.alignment to bytes: rows are then where tokens of all models end at the same byte. Or compare "
         "models that share a tokenizer; added tokens count too.",
     )
+
+
+def require_one_vocabulary(sources: SourceSet, models: Mapping[str, StudiedModel]) -> None:
+    """Raises TokenizerMismatch unless all models that have a source share a vocabulary, and so run on the same ids."""
+    hashes = {alias: vocabulary_hash(models[alias].tokenizer) for alias in sources.underlying.models}
+    if len(set(hashes.values())) > 1:
+        raise TokenizerMismatch(
+            "expected models that run on the same tokens, to intervene on them; these have different tokenizers.",
+            details=[f"{alias}: vocabulary {found[:12]}" for alias, found in hashes.items()],
+            hint="`crosscoder evaluate` splices models with different tokenizers at the tokens that are aligned; "
+            "interventions need models that share one.",
+        )
 
 
 def _examples(models: Mapping[str, StudiedModel]) -> list[str]:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from crosscoder.capture.contexts import Context
 from crosscoder.capture.models import StudiedModel
+from crosscoder.capture.vocabularies import require_one_vocabulary
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import EditError, EmptySelection, SourceMismatch
 from crosscoder.interventions.attributions import Attribution
@@ -114,6 +115,7 @@ def _attribute(
     progress: Progress,
 ) -> Attribution:
     place = written_site(crosscoder, models, source)
+    require_one_vocabulary(crosscoder.sources, models)
     directions = _directions(crosscoder, place, path.start)
     blocks = token_blocks(enumerate(contexts), most_tokens=path.block_tokens)
     _check_selected(blocks, path.tokens, len(contexts))

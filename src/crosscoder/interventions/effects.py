@@ -27,6 +27,7 @@ from torch import Tensor
 
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.models import StudiedModel
+from crosscoder.capture.vocabularies import require_one_vocabulary
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import EditError
 from crosscoder.interventions.ablations import ACTIVE, AFTER, Sums, ablate_each, batched, jobs
@@ -107,6 +108,7 @@ def effects(
     """
     chosen = checked_latents(crosscoder, latents)
     places = [written_site(crosscoder, models, name) for name in sources]
+    require_one_vocabulary(crosscoder.sources, models)
     if not len(chosen) or not places:
         raise EditError("expected at least one latent and one source to measure effects of; got none.")
     firings = _firings(crosscoder, models, text, latents=chosen, contexts=contexts, plan=plan, progress=progress)

@@ -116,13 +116,14 @@ def patchable_pair(
     """The two sources, if a's activations can stand for b's: one site of two models of one kind and one vocabulary."""
     pair = written_site(crosscoder, models, a), written_site(crosscoder, models, b)
     one, two = (models[source.model] for source in pair)
+    vocabularies = {vocabulary_hash(models[alias].tokenizer) for alias in crosscoder.sources.underlying.models}
     reasons = {
         "they are of one model": pair[0].model == pair[1].model,
         "they are different sites": pair[0].site != pair[1].site,
         "they differ in width": pair[0].width != pair[1].width,
         "the models are of different architectures": one.architecture.name != two.architecture.name,
         "the models have different numbers of layers": one.num_layers != two.num_layers,
-        "the models have different vocabularies": vocabulary_hash(one.tokenizer) != vocabulary_hash(two.tokenizer),
+        "the models have different vocabularies": len(vocabularies) > 1,
     }
     wrong = [reason for reason, holds in reasons.items() if holds]
     if wrong:
