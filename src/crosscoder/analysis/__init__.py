@@ -24,7 +24,7 @@ from crosscoder.analysis.matched_latents import MatchedLatents, matched_latents
 from crosscoder.analysis.pair_controls import PairControls, read_controls
 from crosscoder.analysis.polysemanticity import Polysemanticity, polysemanticity
 from crosscoder.analysis.profiles import NormProfiles, cosine_matrices, norm_profiles
-from crosscoder.analysis.runs import Diff, diff_run, evaluate_run
+from crosscoder.analysis.runs import Diff, Labelled, diff_run, evaluate_run
 from crosscoder.analysis.scaling_sums import ScalingSums
 from crosscoder.analysis.source_activity import SourceActivity, source_activity
 from crosscoder.analysis.stability import SeedStability, seed_stability
@@ -53,6 +53,7 @@ __all__ = [
     "LabelScore",
     "LabelScores",
     "LabelSpan",
+    "Labelled",
     "LatentClasses",
     "LatentMatches",
     "LatentScaling",
