@@ -27,10 +27,16 @@ from crosscoder.analysis import LatentScaling, ScalingSums, relative_norm, scali
 from crosscoder.analysis.latent_scaling import ReconstructionKind
 from crosscoder.analysis.passes import watch
 from crosscoder.crosscoder import Crosscoder
+from crosscoder.initialisation import Across
 from crosscoder.synthetic.matching import cosines
 from crosscoder.synthetic.presets import BASE, CHAT
 
-CELLS = (("batchtopk", "same"), ("batchtopk", "independent"), ("topk", "same"), ("l1", "same"))
+CELLS: tuple[tuple[str, Across], ...] = (
+    ("batchtopk", "same"),
+    ("batchtopk", "independent"),
+    ("topk", "same"),
+    ("l1", "same"),
+)
 FIRST_SEED = 100
 """Seeds that no other benchmark has used."""
 COSINE, NORM_CUT = 0.83, 0.1
