@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from crosscoder.analysis.contrast import contrast, held_out_contrast
+from crosscoder.analysis.contrasts import contrast, held_out_contrast
 from crosscoder.analysis.prompts import PromptValues
 from crosscoder.analysis.rank_tests import (
     CentredRanks,

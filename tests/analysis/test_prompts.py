@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from crosscoder.activations import ROLES
-from crosscoder.analysis.contrast import fires_on
+from crosscoder.analysis.contrasts import fires_on
 from crosscoder.analysis.prompt_facts import EncodedPrompts, check_latents, latent_facts
 from crosscoder.analysis.prompt_page import prompt_page
 from crosscoder.analysis.prompt_text import parse_prompt, prompt_text, read_prompts

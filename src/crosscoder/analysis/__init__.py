@@ -8,6 +8,7 @@ from crosscoder.analysis.bootstrap import Bootstrap
 from crosscoder.analysis.class_comparison import ClassComparison, ExclusiveAgainstShared, exclusive_against_shared
 from crosscoder.analysis.classes import CUTOFFS, CutOffs, LatentClasses, Twins, latent_classes, relative_norm, twins
 from crosscoder.analysis.co_activation import CoActivation, CoActivationSums
+from crosscoder.analysis.contrasts import Contrast, HeldOutContrast, contrast, fires_on, held_out_contrast
 from crosscoder.analysis.controls import Band, CountsBeyond, counts_beyond, null_band
 from crosscoder.analysis.cross_entropy import CrossEntropy
 from crosscoder.analysis.emergence import Emergence, OneAgainstAll, emergence, one_against_all
@@ -24,6 +25,9 @@ from crosscoder.analysis.matched_latents import MatchedLatents, matched_latents
 from crosscoder.analysis.pair_controls import PairControls, read_controls
 from crosscoder.analysis.polysemanticity import Polysemanticity, polysemanticity
 from crosscoder.analysis.profiles import NormProfiles, cosine_matrices, norm_profiles
+from crosscoder.analysis.prompt_facts import EncodedPrompts, LatentFacts, latent_facts
+from crosscoder.analysis.prompt_text import PromptText, read_prompts
+from crosscoder.analysis.prompts import PromptCode, PromptValues, encode_prompts
 from crosscoder.analysis.runs import Diff, Labelled, diff_run, evaluate_run
 from crosscoder.analysis.scaling_sums import ScalingSums
 from crosscoder.analysis.source_activity import SourceActivity, source_activity
@@ -31,6 +35,19 @@ from crosscoder.analysis.stability import SeedStability, seed_stability
 from crosscoder.analysis.statistics import DensityFlags, LatentStatistics, density_flags
 
 __all__ = [
+    "encode_prompts",
+    "PromptValues",
+    "PromptCode",
+    "read_prompts",
+    "PromptText",
+    "latent_facts",
+    "LatentFacts",
+    "EncodedPrompts",
+    "held_out_contrast",
+    "fires_on",
+    "contrast",
+    "HeldOutContrast",
+    "Contrast",
     "Amplification",
     "Band",
     "Bootstrap",

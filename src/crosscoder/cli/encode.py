@@ -13,7 +13,7 @@ from crosscoder.cli.reporting import print_json, print_table, terminal
 from crosscoder.errors import ConfigError, TextError
 
 if TYPE_CHECKING:
-    from crosscoder.analysis.contrast import Contrast, HeldOutContrast
+    from crosscoder.analysis.contrasts import Contrast, HeldOutContrast
     from crosscoder.analysis.opened_run import OpenedRun
     from crosscoder.analysis.prompt_facts import EncodedPrompts
     from crosscoder.analysis.prompt_text import Prompt, Rendering
@@ -165,7 +165,7 @@ class _Found:
         """Encode both sets and contrast them."""
         import torch
 
-        from crosscoder.analysis.contrast import contrast, held_out_contrast
+        from crosscoder.analysis.contrasts import contrast, held_out_contrast
         from crosscoder.analysis.prompt_facts import EncodedPrompts
         from crosscoder.analysis.prompt_text import read_prompts
 
@@ -227,7 +227,7 @@ class _Found:
         return f"{float(self.halves.scoring.auroc[place[0, 0]]):.3f}" if len(place) else ""
 
     def _fires(self, side: str, latent: int) -> list[dict[str, Any]]:
-        from crosscoder.analysis.contrast import fires_on
+        from crosscoder.analysis.contrasts import fires_on
 
         code = (self.a if side == "a" else self.b).code
         return [firing.to_json() for firing in fires_on(code, latent)]
