@@ -100,7 +100,7 @@ def calibrate(
     )
 
 
-def tested(cut: Cut, scores: Mapping[int, Float[Tensor, "_"]], *, confidence: float = CONFIDENCE) -> NullTest | None:
+def check_cut(cut: Cut, scores: Mapping[int, Float[Tensor, "_"]], *, confidence: float = CONFIDENCE) -> NullTest | None:
     """The cut on null seeds that it was not calibrated on; None where there are none: it is then not tested."""
     if not scores:
         return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crosscoder.analysis.baselines import FirstTokens, PrincipalComponents, first_tokens, principal_components
-from crosscoder.analysis.calibrated import Cut, calibrate, found_beyond, histogram, tested
+from crosscoder.analysis.calibrated import Cut, calibrate, check_cut, found_beyond, histogram
 from crosscoder.analysis.control_plan import COMPARED
 from crosscoder.analysis.controls import Band, CountsBeyond, counts_beyond, null_band
 from crosscoder.analysis.finished_controls import FinishedControl, pair_specificity
@@ -88,7 +88,7 @@ def _scores(run: OpenedRun, found: _Measured) -> Iterator[CalibratedScore]:
     for name in found.run.names:
         for side in SIDES:
             cut = calibrate(_of(calibrating, name, side), score=name, side=side)
-            test = tested(cut, _of(testing, name, side))
+            test = check_cut(cut, _of(testing, name, side))
             counts = {
                 kind: tuple(
                     found_beyond(cut, test, each.score(name, side), run=control)

@@ -67,13 +67,13 @@ def binomial_upper(found: int, total: int, *, confidence: float = CONFIDENCE) ->
 
 def most_allowed(total: int, share: float, *, confidence: float = CONFIDENCE) -> int | None:
     """The largest number of `total` whose upper bound is within `share`; None where even zero has a larger one."""
-    if total == 0 or binomial_upper(0, total, confidence=confidence) > share:
+    chance = 1 - confidence  # a bound is within the share where so few have at most this chance under it
+    if total == 0 or _at_most(0, total, share) > chance:
         return None
     low, high = 0, total
     while high - low > 1:
         middle = (low + high) // 2
-        within = binomial_upper(middle, total, confidence=confidence) <= share
-        low, high = (middle, high) if within else (low, middle)
+        low, high = (middle, high) if _at_most(middle, total, share) <= chance else (low, middle)
     return low
 
 
