@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from crosscoder.analysis.amplification import Carried, amplification
+from crosscoder.analysis.latent_scaling import scaling
+from crosscoder.analysis.passes import watch_reconstructions
+from crosscoder.analysis.scaling_sums import ScalingSums
+from crosscoder.crosscoder import Space
 from crosscoder.errors import SourceMismatch
+from crosscoder.nonlinearities import ReLU
+
+from .worlds import ListedActivations, random_crosscoder, random_rows
 
 
 def carried(name: str, norm: list[float], beta: list[float]) -> Carried:
@@ -65,6 +72,33 @@ def test_planted_strengths_come_out_whatever_the_norms_say() -> None:
     found = amplification(sides["a"], sides["b"], num_active=(f > 0).sum(0))
     torch.testing.assert_close(found.activation_ratio, torch.tensor([1.0, -1.0, 0.0]).double(), atol=1e-9, rtol=0)
     assert found.norm_ratio.tolist() != [0, 0, 0]
+
+
+@pytest.mark.parametrize("space", ["normalised", "raw"])
+def test_it_takes_its_parts_from_latent_scaling(space: Space) -> None:
+    """Both directions of one pass; against least squares of each side's activations along its own rows."""
+    cc = random_crosscoder(nonlinearity=ReLU()).double()
+    x = random_rows(cc.sources, 300).double()
+    sums = ScalingSums(cc, [("base", "chat"), ("chat", "base")], bootstrap=None)
+    watch_reconstructions(cc, ListedActivations(cc.sources, x), [sums])
+    sides = {
+        one: Carried.of(cc, scaling(sums, a=other, b=one, space=space))
+        for one, other in (("base", "chat"), ("chat", "base"))
+    }
+    found = amplification(sides["base"], sides["chat"], num_active=sums.num_active, space=space)
+    assert (found.a.source, found.b.source) == ("base/embed", "chat/embed")
+    f = cc.encode(x).to_dense().detach()
+    target = x if space == "raw" else cc.normalise(x)
+    lengths = {}
+    for key in cc.sources.keys:
+        rows = cc.decoder_rows(key, space).detach()
+        y = target[:, cc.sources.slices[key]]
+        lengths[key] = (f.T @ y * rows).sum(1) / (f.square().sum(0) * rows.norm(dim=1))
+    torch.testing.assert_close(found.b.length, lengths["chat/embed"], rtol=1e-9, atol=1e-12)
+    ratio = (lengths["chat/embed"] / lengths["base/embed"]).log2()
+    both = (lengths["chat/embed"] > 0) & (lengths["base/embed"] > 0)
+    assert both.sum() > 3
+    torch.testing.assert_close(found.activation_ratio[both], ratio[both], rtol=1e-9, atol=1e-9)
 
 
 def test_parts_of_different_crosscoders_are_refused() -> None:

@@ -27,7 +27,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from crosscoder.crosscoder import Space
+from crosscoder.analysis.latent_scaling import LatentScaling
+from crosscoder.crosscoder import Crosscoder, Space
 from crosscoder.errors import SourceMismatch
 
 MIN_ACTIVE = 50
@@ -41,6 +42,12 @@ class Carried:
     source: str
     norm: Float[Tensor, "latents"]
     beta: Float[Tensor, "latents"]
+
+    @classmethod
+    def of(cls, crosscoder: Crosscoder, scaling: LatentScaling) -> Carried:
+        """The side b of a scaling: of the ordered pair (a, b) it is b's, of (b, a) it is a's."""
+        norms = crosscoder.decoder_norms(scaling.space).detach().double().cpu()
+        return cls(scaling.b, norms[:, crosscoder.writes.index(scaling.b)], scaling.beta_activation_b)
 
     @property
     def length(self) -> Float[Tensor, "latents"]:
@@ -133,8 +140,8 @@ def amplification(
     """How much stronger every latent is in b than in a.
 
     `a.beta` is latent scaling's activation β of model a along a's decoder rows, and `b.beta` of b along b's: one is of
-    the ordered pair (b, a), the other of (a, b). `among` are the latents to rank, such as the shared ones; `density`
-    is by role. All of `space`.
+    the ordered pair (b, a), the other of (a, b), which `Carried.of` takes them from. `among` are the latents to rank,
+    such as the shared ones; `density` is by role. All of `space`.
     """
     sizes = {len(part) for part in (a.norm, a.beta, b.norm, b.beta, num_active)}
     if len(sizes) > 1:
