@@ -234,3 +234,35 @@ def test_dry_run_prints_the_plan_and_makes_nothing(run_path: Path, tmp_path: Pat
     planned = json.loads(invoke("train", run_path, "--dry-run", "--json").stdout)
     assert planned["num_steps"] == 50
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_controls_are_planned_trained_and_told(run_path: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    assert invoke("train", run_path).exit_code == 0
+    planned = json.loads(invoke("controls", directory, "--dry-run", "--json").stdout)
+    assert [control["name"] for control in planned["controls"]] == [f"null-base--chat-{seed}" for seed in (1, 2, 3)]
+    assert planned["num_rows_to_train"] == 3 * 3200
+    assert "3,200 rows to train." in invoke("controls", directory, "--identical", "--dry-run").stdout
+    assert not (directory / "controls").exists()
+    found = invoke("controls", directory, "--null", "--seeds", 2, "--num-tokens", 1280)
+    assert found.exit_code == 0
+    assert "Cut-offs from null seeds 1, tested on 2:" in found.stdout
+    assert "train.num_tokens=1280" in found.stdout
+    written = json.loads((directory / "controls" / "summary.json").read_text(encoding="utf-8"))
+    assert written["format"] == "crosscoder.controls/1"
+    again = json.loads(invoke("controls", directory, "--null", "--seeds", 2, "--num-tokens", 1280, "--json").stdout)
+    assert again == written["pairs"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--partner", "chat"], "expected --partner ALIAS=PATH"),
+        (["--partner", "chat=x", "--partner", "chat=y"], "one alias is given two partners"),
+    ],
+)
+def test_partners_are_pairs_of_alias_and_path(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = invoke("controls", tmp_path, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr

@@ -102,8 +102,8 @@ def planned(run: OpenedRun, wanted: Wanted, *, a: str, b: str) -> tuple[Control,
 
 
 def identity_of(config: RunConfig) -> str:
-    """A hash of a run's configuration, its place left out: which run a control is of."""
-    content = config.model_dump(mode="json", exclude={"out"})
+    """A hash of a run's configuration, its place and all defaults left out: which run a control is of."""
+    content = config.model_dump(mode="json", exclude={"out"}, exclude_defaults=True)
     return xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
