@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from capture.tokenizers_of_kinds import byte_level
 from crosscoder.activations import ROLES
 from crosscoder.analysis.contrasts import fires_on
 from crosscoder.analysis.prompt_facts import EncodedPrompts, check_latents, latent_facts
 from crosscoder.analysis.prompt_page import prompt_page
 from crosscoder.analysis.prompt_text import parse_prompt, prompt_text, read_prompts
-from crosscoder.analysis.prompts import PromptCode, encode_prompts
+from crosscoder.analysis.prompts import PromptCode, encode_for_run, encode_prompts
 from crosscoder.analysis.statistics import LatentStatistics
 from crosscoder.analysis.tables import write_table
 from crosscoder.capture.models import StudiedModel
@@ -169,6 +170,38 @@ def test_models_other_than_the_recorded_ones_are_refused(
     crosscoder.provenance["models"]["base"]["dtype"] = "bfloat16"
     encode_prompts(crosscoder, swapped, ["a dog"])
     assert "base is held in float32, and was in bfloat16" in caplog.text
+
+
+def test_models_with_another_tokenizer_are_read_where_tokens_end_together(
+    crosscoder: Crosscoder, pair: dict[str, StudiedModel]
+) -> None:
+    """Every row holds each model's own activations after the same bytes of the prompt."""
+    other = byte_level(300)
+    unlike = {"base": StudiedModel("base", pair["base"].model, other), "chat": pair["chat"]}
+    prompt = "the old house stood at the end"
+    found = encode_prompts(crosscoder, unlike, [prompt], rendering="raw")
+    ends: list[dict[str, int]] = []
+    for model in unlike.values():
+        ids = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        texts = ["".join(model.tokenizer.decode([i]) for i in ids[: n + 1]) for n in range(len(ids))]
+        ends.append({text: n for n, text in enumerate(texts)})
+    shared = [text for text in ends[0] if text in ends[1]]
+    assert 0 < len(shared) < len(ends[0])
+    assert found.rows.position.tolist() == [1 + ends[0][text] for text in shared]
+    parts = {}
+    for (alias, model), end in zip(unlike.items(), ends, strict=True):
+        ids = torch.tensor([model.tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+        parts[f"{alias}/embed"] = model.read(["embed"], ids)["embed"][0, [end[text] for text in shared]]
+    expected = crosscoder.encode(crosscoder.sources.pack(parts)).to_dense()
+    torch.testing.assert_close(found.code.to_dense(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_null_pair_has_no_code_of_prompts(crosscoder: Crosscoder) -> None:
+    from types import SimpleNamespace
+
+    run = SimpleNamespace(config=SimpleNamespace(activations=SimpleNamespace(null_pair="something")))
+    with pytest.raises(ConfigError, match="prompts have no code in a null pair"):
+        encode_for_run.__wrapped__(run, ["a dog"])  # type: ignore[attr-defined]
 
 
 def test_what_latents_do_in_a_prompt_is_counted_from_its_rows(code: PromptCode) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from crosscoder.activations import ROLES
 from crosscoder.analysis.tokens import token_pieces
+from crosscoder.capture.alignment import Aligner
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.chat import awaiting_reply, render
 from crosscoder.capture.contexts import Context, DocumentId, Encoder, Tokens, assemble
@@ -99,12 +100,13 @@ def prompt_text(
     rendering: Rendering | None = None,
     drop: Sequence[Drop] = ("bos", "pad"),
     max_tokens: int | None = None,
+    aligner: Aligner | None = None,
     name: str = "the prompts",
 ) -> PromptText:
     """The prompts' tokens; those that `drop` names are seen by the model and become no rows.
 
-    Raises TextError for a prompt that is empty, longer than `max_tokens`, holds a special token under `chat` or
-    messages under `raw`, or leaves no row.
+    `aligner` keeps those that models with other tokenizers can be read at too. Raises TextError for a prompt that is
+    empty, longer than `max_tokens`, holds a special token under `chat` or messages under `raw`, or leaves no row.
     """
     if not prompts:
         raise TextError(f"expected at least one prompt in {name}; got none.")
@@ -114,9 +116,11 @@ def prompt_text(
     for number, prompt in enumerate(prompts, start=1):
         where = f"prompt {number} of {name}" if len(prompts) > 1 else "the prompt"
         context = _context(prompt, encoder, rendering, where=where)
+        context = context if aligner is None else aligner(context)
         _check_size(context, max_tokens, where=where)
         contexts.append(context)
-    made = AnalysisSet.of(contexts, vocabulary=vocabulary_hash(tokenizer))
+    counts = None if aligner is None else aligner.count(contexts)
+    made = AnalysisSet.of(contexts, vocabulary=vocabulary_hash(tokenizer), aligned=counts)
     ids = made.token_ids.tolist()
     pieces = token_pieces(tokenizer, ids)
     return PromptText(made, tuple(pieces[token] for token in ids), rendering)

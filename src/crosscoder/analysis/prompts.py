@@ -22,7 +22,9 @@ from crosscoder.analysis.labelled_rows import joined, select_rows
 from crosscoder.analysis.opened_run import OpenedRun
 from crosscoder.analysis.passes import check_sources, evaluating
 from crosscoder.analysis.prompt_text import Prompt, PromptText, Rendering, prompt_text
+from crosscoder.capture.alignment import Aligner
 from crosscoder.capture.derived import derived
+from crosscoder.capture.fingerprints import vocabulary_hash
 from crosscoder.capture.huggingface import Tokenizer
 from crosscoder.capture.models import StudiedModel
 from crosscoder.capture.recorded import check_recorded
@@ -30,6 +32,7 @@ from crosscoder.capture.stream import ActivationStream
 from crosscoder.capture.text import Drop
 from crosscoder.codes import SparseCode, pointers
 from crosscoder.crosscoder import Crosscoder
+from crosscoder.errors import ConfigError
 from crosscoder.progress import Progress, silent
 
 _log = logging.getLogger(__name__)
@@ -164,20 +167,32 @@ def encode_prompts(
     """The active latents of `prompts` (text, or messages), token by token.
 
     `tokenizer` renders them (the first model's where none is given), as `chat` where it has a chat template. `drop`
-    should be what the run dropped. Raises TextError for prompts that cannot be read, ModelMismatch for models that are
-    not those which the crosscoder was trained on.
+    should be what the run dropped. Models with other tokenizers are read where tokens of all end at the same byte.
+
+    Raises TextError for prompts that cannot be read, ModelMismatch for models that are not those which the crosscoder
+    was trained on.
     """
     used = {alias: models[alias] for alias in crosscoder.sources.underlying.models if alias in models}
     check_recorded(used, crosscoder.provenance)
     tokenizer = tokenizer or next(iter(models.values())).tokenizer
-    text = prompt_text(prompts, tokenizer, rendering=rendering, drop=drop, max_tokens=_most_tokens(models))
+    aligner = Aligner.of(used, vocabulary=vocabulary_hash(tokenizer))
+    most = _most_tokens(models)
+    text = prompt_text(prompts, tokenizer, rendering=rendering, drop=drop, max_tokens=most, aligner=aligner)
     return encode_text(crosscoder, models, text, progress=progress)
 
 
 def encode_for_run(
     run: OpenedRun, prompts: Sequence[Prompt], *, rendering: Rendering | None = None, name: str = "the prompts"
 ) -> PromptCode:
-    """The same for an opened run, with its models, tokenizer and dropped tokens; `name` is the prompts' in errors."""
+    """The same for an opened run, with its models, tokenizer and dropped tokens; `name` is the prompts' in errors.
+
+    Raises ConfigError for a null pair too, one of whose sources no model has.
+    """
+    if run.config.activations.null_pair is not None:
+        raise ConfigError(
+            "prompts have no code in a null pair: the activations of one of its sources are made up, not a model's.",
+            hint="Encode them in the run that it is the control of.",
+        )
     check_recorded(run.models, run.crosscoder.provenance)
     text = prompt_text(
         prompts,
@@ -185,6 +200,7 @@ def encode_for_run(
         rendering=rendering,
         drop=run.config.text.drop,
         max_tokens=_most_tokens(run.models),
+        aligner=Aligner.of(run.models, vocabulary=vocabulary_hash(run.tokenizer)),
         name=name,
     )
     longest, trained = text.contexts.context_length, run.config.text.context_length
