@@ -27,7 +27,7 @@ import crosscoder
 from crosscoder.activations import ROLES
 from crosscoder.analysis import PairControls, read_labels
 from crosscoder.analysis.calibrated import Cut
-from crosscoder.analysis.control_plan import Wanted
+from crosscoder.analysis.control_plan import WantedControls
 from crosscoder.analysis.control_runs import run_controls
 from crosscoder.analysis.finished_controls import finished, pair_specificity
 from crosscoder.analysis.label_scores import choosing_half
@@ -110,21 +110,21 @@ def demo_run(options: argparse.Namespace) -> RunConfig:
     return validate(RunConfig, raw, name="quick run")
 
 
-def wanted(options: argparse.Namespace) -> Wanted:
+def wanted(options: argparse.Namespace) -> WantedControls:
     """All kinds of controls; those that are finished are not trained again."""
     if options.report_only:
         return finished_ones(options.run)
     kinds = ("null", "identical", "repeat", "baselines")
-    return Wanted(kinds, seeds=options.seeds, partners={"chat": str(model_path("plain"))})
+    return WantedControls(kinds, seeds=options.seeds, partners={"chat": str(model_path("plain"))})
 
 
-def finished_ones(path: Path) -> Wanted:
+def finished_ones(path: Path) -> WantedControls:
     """Only what is there: asking for the finished null seeds trains nothing."""
     run = open_run(path)
     seeds = [
         control.seed for control in finished(run, a=run.pair(*PAIR)[0], b=run.pair(*PAIR)[1]) if control.kind == "null"
     ]
-    return Wanted(("null",), seeds=len(seeds))
+    return WantedControls(("null",), seeds=len(seeds))
 
 
 def runs_of_the_pair(run: OpenedRun, found: PairControls) -> Iterator[tuple[str, OpenedRun]]:

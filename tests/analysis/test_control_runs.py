@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crosscoder.analysis.control_plan import Control, Wanted, equal_latents
+from crosscoder.analysis.control_plan import Control, WantedControls, equal_latents
 from crosscoder.analysis.control_runs import plan_controls, run_controls
 from crosscoder.analysis.opened_run import open_run
 from crosscoder.analysis.pair_controls import PairControls, read_controls
@@ -64,11 +64,13 @@ def config(toy_base_path: Path, toy_chat_path: Path, toy_text_path: Path, tmp_pa
 def everything(config: RunConfig, toy_base_path: Path) -> tuple[Path, PairControls]:
     """The finished run with one control of every kind, and null seeds enough to calibrate and to test."""
     path = train(config).path
-    wanted = Wanted(("null", "identical", "repeat", "baselines"), seeds=3, partners={"chat": str(toy_base_path)})
+    wanted = WantedControls(
+        ("null", "identical", "repeat", "baselines"), seeds=3, partners={"chat": str(toy_base_path)}
+    )
     return path, run_controls(path, wanted)
 
 
-def planned(path: Path, wanted: Wanted) -> dict[str, Control]:
+def planned(path: Path, wanted: WantedControls) -> dict[str, Control]:
     return {control.name: control for control in plan_controls(path, wanted)}
 
 
@@ -170,9 +172,9 @@ def test_the_summary_is_read_as_it_was_written(everything: tuple[Path, PairContr
     assert found.score("joint", "b") is not None and found.score("none", "b") is None
     assert found.table().num_rows == 6 and len(found.named("repeat")) == 3
     before = (path / "controls" / "null-base--chat-1" / "crosscoder" / "model.safetensors").stat().st_mtime_ns
-    assert run_controls(path, Wanted(("identical",))) == found
+    assert run_controls(path, WantedControls(("identical",))) == found
     assert (path / "controls" / "null-base--chat-1" / "crosscoder" / "model.safetensors").stat().st_mtime_ns == before
-    assert all(control.finished for control in planned(path, Wanted(("null", "repeat"))).values())
+    assert all(control.finished for control in planned(path, WantedControls(("null", "repeat"))).values())
 
 
 def test_a_damaged_summary_is_named(everything: tuple[Path, PairControls], tmp_path: Path) -> None:
@@ -187,10 +189,10 @@ def test_a_damaged_summary_is_named(everything: tuple[Path, PairControls], tmp_p
 def test_one_seed_is_not_tested_and_no_null_calibrates_nothing(config: RunConfig, tmp_path: Path) -> None:
     """Said in the notes; what was overridden too."""
     path = train(config.model_copy(update={"out": str(tmp_path / "run")})).path
-    nothing = run_controls(path, Wanted(("identical",), overrides=("train.num_tokens=1024",)))
+    nothing = run_controls(path, WantedControls(("identical",), overrides=("train.num_tokens=1024",)))
     assert not nothing.calibrated and nothing.scores == () and nothing.band is None
     assert any("no null control" in note for note in nothing.notes)
-    one = run_controls(path, Wanted(("null",), seeds=1, overrides=("train.num_tokens=1024",)))
+    one = run_controls(path, WantedControls(("null",), seeds=1, overrides=("train.num_tokens=1024",)))
     assert (one.calibration_seeds, one.test_seeds) == ((1,), ())
     assert all(score.test is None for score in one.scores) and one.null_beyond_band is None
     assert any("none tests them" in note for note in one.notes)
@@ -199,7 +201,7 @@ def test_one_seed_is_not_tested_and_no_null_calibrates_nothing(config: RunConfig
     shorter = RunConfig.load(path / "controls" / "null-base--chat-1" / "run.yaml")
     assert shorter.train.checkpoint_every == 1 and shorter.losses.aux.dead_after_tokens == 51
     with pytest.raises(RunConflict, match="another configuration"):
-        run_controls(path, Wanted(("null",), seeds=1))
+        run_controls(path, WantedControls(("null",), seeds=1))
 
 
 def test_what_cannot_be_is_refused_before_anything_is_trained(
@@ -208,24 +210,24 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
     """Pairs, partners, seeds, overrides, and a run that is not finished."""
     path, _ = everything
     with pytest.raises(UnknownSource):
-        plan_controls(path, Wanted(), a="base", b="other")
+        plan_controls(path, WantedControls(), a="base", b="other")
     with pytest.raises(SourceMismatch, match="two different ones|both"):
-        plan_controls(path, Wanted(), a="base", b="base")
+        plan_controls(path, WantedControls(), a="base", b="base")
     with pytest.raises(ConfigError, match="no model of this run is called 'plain'"):
-        plan_controls(path, Wanted((), partners={"plain": "x"}))
+        plan_controls(path, WantedControls((), partners={"plain": "x"}))
     with pytest.raises(ModelNotFound):
-        plan_controls(path, Wanted((), partners={"chat": str(tmp_path / "nowhere")}))
+        plan_controls(path, WantedControls((), partners={"chat": str(tmp_path / "nowhere")}))
     with pytest.raises(ConfigError, match="no control was asked for"):
-        plan_controls(path, Wanted(()))
+        plan_controls(path, WantedControls(()))
     with pytest.raises(ConfigError, match="at least one seed"):
-        plan_controls(path, Wanted(seeds=0))
+        plan_controls(path, WantedControls(seeds=0))
     with pytest.raises(UnknownKey, match="train.batch_size"):
-        plan_controls(path, Wanted(overrides=("train.batch_sise=3",)))
+        plan_controls(path, WantedControls(overrides=("train.batch_sise=3",)))
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     config.dump(unfinished / "run.yaml")
     with pytest.raises(RunConflict, match="not finished"):
-        plan_controls(unfinished, Wanted())
+        plan_controls(unfinished, WantedControls())
 
 
 def test_unequal_widths_have_no_null_pair(config: RunConfig, toy_model_directory, tmp_path: Path) -> None:
@@ -236,8 +238,8 @@ def test_unequal_widths_have_no_null_pair(config: RunConfig, toy_model_directory
     models = {**config.models, "chat": config.models["chat"].model_copy(update={"path": str(narrow)})}
     path = train(config.model_copy(update={"models": models, "out": str(tmp_path / "run")})).path
     with pytest.raises(SourceMismatch, match="two sources of one width"):
-        plan_controls(path, Wanted())
-    found = planned(path, Wanted(("baselines",)))
+        plan_controls(path, WantedControls())
+    found = planned(path, WantedControls(("baselines",)))
     assert list(found) == ["sae-base", "sae-chat"]
 
 

@@ -9,6 +9,8 @@ from crosscoder.analysis.class_comparison import ClassComparison, ExclusiveAgain
 from crosscoder.analysis.classes import CUTOFFS, CutOffs, LatentClasses, Twins, latent_classes, relative_norm, twins
 from crosscoder.analysis.co_activation import CoActivation, CoActivationSums
 from crosscoder.analysis.contrasts import Contrast, HeldOutContrast, contrast, fires_on, held_out_contrast
+from crosscoder.analysis.control_plan import WantedControls
+from crosscoder.analysis.control_runs import plan_controls, run_controls
 from crosscoder.analysis.controls import Band, CountsBeyond, counts_beyond, null_band
 from crosscoder.analysis.cross_entropy import CrossEntropy
 from crosscoder.analysis.emergence import Emergence, OneAgainstAll, emergence, one_against_all
@@ -31,6 +33,7 @@ from crosscoder.analysis.prompts import PromptCode, PromptValues, encode_prompts
 from crosscoder.analysis.runs import Diff, Labelled, diff_run, evaluate_run
 from crosscoder.analysis.scaling_sums import ScalingSums
 from crosscoder.analysis.source_activity import SourceActivity, source_activity
+from crosscoder.analysis.specificity import Specificity, specificity
 from crosscoder.analysis.stability import SeedStability, seed_stability
 from crosscoder.analysis.statistics import DensityFlags, LatentStatistics, density_flags
 
@@ -79,7 +82,9 @@ __all__ = [
     "ScalingSums",
     "SeedStability",
     "SourceActivity",
+    "Specificity",
     "Twins",
+    "WantedControls",
     "amplification",
     "co_firing",
     "contrast",
@@ -105,14 +110,17 @@ __all__ = [
     "norm_profiles",
     "null_band",
     "one_against_all",
+    "plan_controls",
     "polysemanticity",
     "read_controls",
     "read_labels",
     "read_prompts",
     "relative_norm",
+    "run_controls",
     "scaling",
     "seed_stability",
     "source_activity",
+    "specificity",
     "twin_firing",
     "twins",
 ]

@@ -43,7 +43,7 @@ DEFAULT_SEEDS = 3
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedControls:
     """What to train: `seeds` counts null pairs and repeats; `partners` maps an alias to another model's path or id.
 
     `overrides` are `key.path=value` for the run files of all of them.
@@ -86,7 +86,7 @@ class Control:
         return {"name": self.name, "about": self.about, "num_rows": rows, "finished": self.finished}
 
 
-def planned(run: OpenedRun, wanted: Wanted, *, a: str, b: str) -> tuple[Control, ...]:
+def planned(run: OpenedRun, wanted: WantedControls, *, a: str, b: str) -> tuple[Control, ...]:
     """All controls that are wanted for the pair of source keys (a, b), finished ones among them.
 
     Raises ConfigError, UnknownKey, UnknownSource or SourceMismatch for what cannot be.
@@ -132,7 +132,7 @@ class _Planner:
     b: str
     overrides: tuple[str, ...]
 
-    def controls(self, wanted: Wanted) -> Iterator[Control]:
+    def controls(self, wanted: WantedControls) -> Iterator[Control]:
         seeds = range(1, wanted.seeds + 1)
         if "null" in wanted.kinds:
             yield from map(self.null, seeds)

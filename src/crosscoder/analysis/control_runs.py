@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from crosscoder.analysis.control_plan import COMPARED, OF_THE_PAIR, Control, Wanted, identity_of, planned
+from crosscoder.analysis.control_plan import COMPARED, OF_THE_PAIR, Control, WantedControls, identity_of, planned
 from crosscoder.analysis.control_summary import summary
 from crosscoder.analysis.finished_controls import FinishedControl, finished, pair_specificity
 from crosscoder.analysis.opened_run import OpenedRun, open_run
@@ -24,7 +24,7 @@ MakeSinks = Callable[[str], Sequence[Sink]]
 
 def run_controls(
     path: str | Path,
-    wanted: Wanted = Wanted(),  # noqa: B008 (frozen)
+    wanted: WantedControls = WantedControls(),  # noqa: B008 (frozen)
     *,
     a: str | None = None,
     b: str | None = None,
@@ -54,7 +54,7 @@ def run_controls(
 
 def plan_controls(
     path: str | Path,
-    wanted: Wanted = Wanted(),  # noqa: B008 (frozen)
+    wanted: WantedControls = WantedControls(),  # noqa: B008 (frozen)
     *,
     a: str | None = None,
     b: str | None = None,
@@ -76,7 +76,7 @@ def _check_models(controls: Sequence[Control]) -> None:
 
 
 def _record(
-    run: OpenedRun, control: Control, result: TrainResult, wanted: Wanted, *, pair: tuple[str, str]
+    run: OpenedRun, control: Control, result: TrainResult, wanted: WantedControls, *, pair: tuple[str, str]
 ) -> FinishedControl:
     """Write down what was trained; the numbers are of its held-out text."""
     held_out: dict[str, Any] = {name: result.metrics[f"held_out/{name}"] for name in ("fve", "l0", "dead_fraction")}

@@ -12,7 +12,7 @@ from crosscoder.cli.reporting import print_json, print_table, terminal
 
 if TYPE_CHECKING:
     from crosscoder.analysis.calibrated import Found
-    from crosscoder.analysis.control_plan import Wanted
+    from crosscoder.analysis.control_plan import WantedControls
     from crosscoder.analysis.pair_controls import CalibratedScore, PairControls
 
 
@@ -27,9 +27,9 @@ class Asked:
     partners: tuple[str, ...]
     overrides: tuple[str, ...]
 
-    def wanted(self) -> Wanted:
+    def wanted(self) -> WantedControls:
         """The same, checked; null pairs where nothing was named."""
-        from crosscoder.analysis.control_plan import Wanted
+        from crosscoder.analysis.control_plan import WantedControls
         from crosscoder.errors import ConfigError
 
         pairs = [text.partition("=") for text in self.partners]
@@ -42,7 +42,7 @@ class Asked:
         if len(partners) < len(pairs):
             raise ConfigError("one alias is given two partners; each command trains one.", hint="Run it once for each.")
         kinds = self.kinds or (() if partners else ("null",))
-        return Wanted(kinds, self.seeds, partners, self.overrides)  # pyright: ignore[reportArgumentType]
+        return WantedControls(kinds, self.seeds, partners, self.overrides)  # pyright: ignore[reportArgumentType]
 
 
 def run(path: str, asked: Asked, *, out: Path | None, as_json: bool) -> None:
