@@ -19,7 +19,7 @@ from crosscoder.cli import doctor
 from crosscoder.cli.app import app
 from crosscoder.cli.reporting import one_screen, print_json, print_pairs, print_table
 
-VERBS = ("demo", "train", "evaluate", "diff", "controls", "encode", "convert", "recipes", "doctor")
+VERBS = ("demo", "train", "evaluate", "diff", "controls", "encode", "steer", "convert", "recipes", "doctor")
 
 
 def invoke(*arguments: object) -> Result:
