@@ -16,19 +16,21 @@ from crosscoder.nonlinearities import ReLU
 from .worlds import ListedActivations, random_crosscoder, random_rows
 
 
-def carried(name: str, norm: list[float], beta: list[float]) -> Carried:
-    return Carried(name, torch.tensor(norm).double(), torch.tensor(beta, dtype=torch.float64))
+def carried(name: str, norm: list[float], beta: list[float], *error: list[float]) -> Carried:
+    return Carried(name, *(torch.tensor(part, dtype=torch.float64) for part in (norm, beta, *error)))
 
 
 def test_ratios_by_hand() -> None:
     """Twice, half, as strong; not carried at all; and a norm of zero."""
-    a = carried("a", [1, 2, 1, 1, 0], [1, 1, 1, -0.1, 1])
-    b = carried("b", [1, 1, 4, 1, 1], [2, 1, 0.25, 1, 1])
+    a = carried("a", [1, 2, 1, 1, 0], [1, 1, 1, -0.1, 1], [1, 1, 1, 1, 1])
+    b = carried("b", [1, 1, 4, 1, 1], [2, 1, 0.25, 1, 1], [1, 1, 1, 8, 1])
     found = amplification(a, b, num_active=torch.tensor([100, 100, 100, 100, 100]))
     assert found.norm_ratio.tolist()[:4] == [0, -1, 2, 0] and found.norm_ratio[4].isnan()
     assert found.activation_ratio.tolist()[:3] == [1, -1, 0] and bool(found.activation_ratio[3:].isnan().all())
+    assert found.own_ratio.tolist()[:4] == [0, -1, 2, 3] and found.own_ratio[4].isnan()
     assert found.most("amplified").tolist() == [0] and found.most("attenuated").tolist() == [1]
     assert found.most("amplified", by="norm").tolist() == [2]
+    assert found.most("amplified", by="own").tolist() == [3, 2]
     assert found.table()["activation_ratio"].to_pylist() == [1, -1, 0, None, None]
     spread = found.to_json()["log2_activation_ratio"]
     assert (spread["num_doubled"], spread["num_halved"], spread["num_without"]) == (1, 1, 2)
@@ -38,7 +40,7 @@ def test_swapping_the_models_turns_the_sign() -> None:
     """`ratio(b, a) = −ratio(a, b)`, and amplified and attenuated change places."""
     generator = torch.Generator().manual_seed(0)
     norm, beta = torch.rand(2, 50, generator=generator) + 0.1, torch.rand(2, 50, generator=generator) + 0.1
-    a, b = (Carried(name, norm[i], beta[i]) for i, name in enumerate("ab"))
+    a, b = (Carried(name, norm[i], beta[i], beta[1 - i] + 1) for i, name in enumerate("ab"))
     count = torch.full((50,), 100)
     forth, back = amplification(a, b, num_active=count), amplification(b, a, num_active=count)
     torch.testing.assert_close(forth.activation_ratio, -back.activation_ratio)
@@ -68,7 +70,8 @@ def test_planted_strengths_come_out_whatever_the_norms_say() -> None:
         x, rows = (f * strength[name]) @ directions, norms[name][:, None] * directions
         beta = [float(torch.linalg.lstsq((f[:, i : i + 1, None] * rows[i]).reshape(-1, 1), x.reshape(-1, 1)).solution)
                 for i in range(3)]  # fmt: skip
-        sides[name] = Carried(name, norms[name], torch.tensor(beta, dtype=torch.float64))
+        fitted = torch.tensor(beta, dtype=torch.float64)
+        sides[name] = Carried(name, norms[name], fitted, fitted)
     found = amplification(sides["a"], sides["b"], num_active=(f > 0).sum(0))
     torch.testing.assert_close(found.activation_ratio, torch.tensor([1.0, -1.0, 0.0]).double(), atol=1e-9, rtol=0)
     assert found.norm_ratio.tolist() != [0, 0, 0]
@@ -99,6 +102,13 @@ def test_it_takes_its_parts_from_latent_scaling(space: Space) -> None:
     both = (lengths["chat/embed"] > 0) & (lengths["base/embed"] > 0)
     assert both.sum() > 3
     torch.testing.assert_close(found.activation_ratio[both], ratio[both], rtol=1e-9, atol=1e-9)
+    rows = cc.decoder_rows("chat/embed", space).detach()
+    columns = cc.sources.slices["chat/embed"]
+    reconstruction = cc.decode(cc.encode(x)) if space == "raw" else cc.decode_normalised(cc.encode(x))
+    error = (target - reconstruction.detach())[:, columns]
+    own = torch.stack([((error + f[:, [i]] * rows[i]) * f[:, [i]]).sum(0) @ rows[i] for i in range(cc.num_latents)])
+    expected = own / (f.square().sum(0) * rows.norm(dim=1))
+    torch.testing.assert_close(found.b.own_length, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_parts_of_different_crosscoders_are_refused() -> None:
