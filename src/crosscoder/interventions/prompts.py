@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crosscoder.activations import ROLES
 from crosscoder.capture.chat import Rendered, awaiting_reply, render
-from crosscoder.capture.contexts import Encoder, Tokens
+from crosscoder.capture.contexts import Context, Encoder, Tokens
 from crosscoder.capture.huggingface import Tokenizer
 from crosscoder.capture.text import Document, Drop
 from crosscoder.errors import TextError
@@ -36,6 +36,14 @@ class Prompt:
     roles: Int[Tensor, "positions"]
     kept: Bool[Tensor, "positions"]
     text: str
+
+    @classmethod
+    def of(cls, context: Context, text: str = "") -> Prompt:
+        """The tokens of a context as a prompt."""
+        tokens = context.tokens
+        columns = (torch.from_numpy(column.copy()) for column in (tokens.ids, tokens.roles, tokens.kept))
+        ids, roles, kept = columns
+        return cls(ids.long(), roles.long(), kept, text)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -65,7 +65,7 @@ class UnrelatedText:
         for number in order:
             context = text.context(number)
             if len(context) > 1 and (which == "all" or not _spoken(context)):
-                chosen.append(_prompt(context))
+                chosen.append(Prompt.of(context))
             if sum(map(len, chosen)) >= num_tokens:
                 break
         if not chosen:
@@ -110,9 +110,3 @@ def _compared(clean: Tensor, edited: Tensor, ids: Tensor, places: Tensor) -> Ten
 
 def _spoken(context: Context) -> bool:
     return bool(np.isin(context.tokens.roles, [ROLES.index(role) for role in ("system", "user", "assistant")]).any())
-
-
-def _prompt(context: Context) -> Prompt:
-    tokens = context.tokens
-    ids, roles, kept = (torch.from_numpy(column.copy()) for column in (tokens.ids, tokens.roles, tokens.kept))
-    return Prompt(ids.long(), roles.long(), kept, "")

@@ -1,0 +1,132 @@
+"""`crosscoder steer` on the command line: replies, figures and files, and every mistake on one screen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner, Result
+
+from crosscoder.cli.app import app
+from crosscoder.cli.steer import parse_doses, parse_tokens
+from crosscoder.errors import ConfigError, EditError, EmptySelection
+from crosscoder.interventions import AllTokens, Positions, PromptTokens, ReplyTokens, Roles
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def refusal(*arguments: object) -> str:
+    """What standard error says where the user is at fault."""
+    done = invoke(*arguments)
+    assert done.exit_code == 2, done.stdout
+    return done.stderr
+
+
+@pytest.fixture
+def run(run_path: Path, tmp_path: Path) -> Path:
+    """A finished run on the toy pair."""
+    assert invoke("train", run_path, "text.tokenizer=chat").exit_code == 0
+    return tmp_path / "run"
+
+
+def test_a_model_is_steered(run: Path, tmp_path: Path) -> None:
+    assert "doses in multiples of the largest value need" in refusal("steer", run, "--latent", 3, "--prompt", "hello")
+    assert invoke("evaluate", run).exit_code == 0
+    asked = [
+        "--latent",
+        3,
+        "--latent",
+        5,
+        "--prompt",
+        "how do I mend a clock",
+        "--prompt",
+        "the dog",
+        "--contains",
+        "e",
+    ]
+    few = ["--max-new-tokens", 5, "--doses", "ablate,0,1.5,scale=2"]
+    shown = invoke("steer", run, *asked, *few)
+    assert shown.exit_code == 0, shown.output
+    lines = shown.stdout.splitlines()
+    assert lines[0] == "<|bos|><|user|>how do I mend a clock<|end|><|assistant|>"
+    assert [line.split()[0] for line in lines[1:5]] == ["ablate", "0", "+1.5", "scale"]
+    assert any(line.startswith("dose") and "KL" in line for line in lines)
+    place = run / "steer" / "chat-3-5"
+    assert lines[-1] == f"The files are in {place}."
+    found = {path.name for path in place.iterdir()}
+    assert found == {"summary.json", "table.parquet", "completions.parquet", "rate.svg", "kl.svg"}
+    table = pq.read_table(place / "table.parquet")
+    assert table.schema.metadata[b"format"] == b"crosscoder.steering/1"
+    assert table.column("dose").to_pylist() == ["ablate", "0", "+1.5", "scale 2"]
+    assert table.column("total").to_pylist() == [2] * 4 and table.column("kl")[1].as_py() == 0
+    summary = json.loads((place / "summary.json").read_text(encoding="utf-8"))
+    assert summary["format"] == "crosscoder.steering/1" and summary["latents"] == [3, 5]
+    edits = next(dose["edits"] for dose in summary["doses"] if dose["dose"] == "+1.5")
+    largest = pq.read_table(run / "latents.parquet").column("max_value").to_pylist()
+    assert edits[0]["values"] == pytest.approx([1.5 * largest[3], 1.5 * largest[5]])
+    assert (place / "rate.svg").read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_files_of_prompts_samples_and_json(run: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    messages = [{"role": "user", "content": "who are you"}]
+    prompts.write_text(
+        f"{json.dumps({'prompt': 'the hill'})}\n{json.dumps({'messages': messages})}\n", encoding="utf-8"
+    )
+    asked = ["--latent", 3, "--prompts", prompts, "--system", "be kind", "--model", "base", "--doses", "add=2"]
+    more = ["--samples", 2, "--max-new-tokens", 4, "--tokens", "system,assistant", "--out", tmp_path / "here", "--json"]
+    told = json.loads(invoke("steer", run, *asked, *more).stdout)
+    assert told["path"] == str(tmp_path / "here") and told["speaker"] == "base" and told["num_samples"] == 2
+    assert told["examples"][1]["prompt"] == "<|bos|><|system|>be kind<|end|><|user|>who are you<|end|><|assistant|>"
+    assert pq.read_table(tmp_path / "here" / "completions.parquet").num_rows == 4
+    assert "rate" not in told["doses"][0], "no behaviour was looked for"
+    plain = ["--prompt", "the hill", "--raw", "--doses", "ablate", "--max-new-tokens", 4, "--out", tmp_path / "raw"]
+    raw = json.loads(invoke("steer", run, "--latent", 3, *plain, "--json").stdout)
+    assert raw["examples"][0]["prompt"] == "<|bos|>the hill"
+
+
+def test_mistakes_are_one_message(run: Path, tmp_path: Path) -> None:
+    ask = ["--prompt", "hello", "--max-new-tokens", 2]
+    plain = [*ask, "--doses", "ablate"]
+    assert "latents 0 to 63; got 64" in refusal("steer", run, "--latent", 64, *plain)
+    assert "sources to edit that the crosscoder writes; got plain" in refusal(
+        "steer", run, "--latent", 1, *plain, "--source", "plain"
+    )
+    assert "changes nothing that chat says" in refusal("steer", run, "--latent", 1, *plain, "--source", "base")
+    assert "met no token" in refusal("steer", run, "--latent", 1, *plain, "--tokens", "system")
+    assert "expected roles among" in refusal("steer", run, "--latent", 1, *plain, "--tokens", "usher")
+    assert "expected a model of this crosscoder to speak; got 'plain'" in refusal(
+        "steer", run, "--latent", 1, *plain, "--model", "plain"
+    )
+    assert "expected a dose or a number; got 'twice'" in refusal("steer", run, "--latent", 1, *ask, "--doses", "twice")
+    assert "expected --prompt or --prompts" in refusal("steer", run, "--latent", 1)
+    assert "--contains or --regex" in refusal("steer", run, "--latent", 1, *plain, "--contains", "a", "--regex", "a")
+    assert "holds special tokens" in refusal("steer", run, "--latent", 1, "--prompt", "<|end|>", "--doses", "ablate")
+    reply = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    assert "ends with the assistant's reply" in refusal("steer", run, "--latent", 1, "--prompt", reply, "--doses", "0")
+    config = run / "crosscoder" / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content["provenance"]["models"]["chat"]["weights"] = "0" * 32
+    config.write_text(json.dumps(content), encoding="utf-8")
+    message = refusal("steer", run, "--latent", 1, *plain)
+    assert "ModelMismatch: the model chat is not the one" in message
+    assert not (run / "steer").exists()
+
+
+def test_doses_and_tokens_are_read() -> None:
+    assert parse_doses("ablate, -1,0.5,scale=2,clamp=1,add=-.3") == [
+        ("ablate", None), ("max", -1.0), ("max", 0.5), ("scale", 2.0), ("clamp", 1.0), ("add", -0.3)
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="expected doses; got none"):
+        parse_doses(" , ")
+    assert parse_tokens("all") == AllTokens() and parse_tokens("prompt") == PromptTokens()
+    assert parse_tokens("reply") == ReplyTokens() and parse_tokens("reply:4") == ReplyTokens(first=4)
+    assert parse_tokens("user, template") == Roles(("user", "template")) and parse_tokens("3,4") == Positions((3, 4))
+    with pytest.raises(EmptySelection):
+        parse_tokens("")
+    with pytest.raises(EditError):
+        parse_tokens("everyone")
