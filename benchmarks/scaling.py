@@ -18,6 +18,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,9 +38,12 @@ from crosscoder.nonlinearities import BatchTopK
 from crosscoder.training.json_numbers import json_text
 from crosscoder.training.validation import Reconstructor
 
-DEMO = Size("demo", 2, 256, 4096, 4096, 38, training_steps=200)
+DEMO = Size("demo", 2, 256, 4096, 4096, 38, training_steps=100)
 """The demo's crosscoder: 4,096 latents on two sources of 256."""
-LARGER = (SIZES["A"], Size("Gemma-like", 2, 2304, 16384, 2048, 100, training_steps=8))
+CHOICES = {
+    size.name: size
+    for size in (DEMO, replace(SIZES["A"], training_steps=100), replace(SIZES["B"], training_steps=20), SMALLEST)
+}
 CONTEXT = 256
 ONE, BOTH = "one pair", "both directions"
 
@@ -67,6 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/scaling"), help="directory of the results")
     parser.add_argument("--toy", action="store_true", help="the toy in place of the cost")
     parser.add_argument("--seeds", type=int, default=8, help="seeds of the toy")
+    parser.add_argument("--size", nargs="+", default=["demo", "A", "B"], choices=sorted(CHOICES))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report-only", action="store_true")
@@ -76,11 +81,11 @@ def arguments() -> argparse.Namespace:
 
 def cost(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The ratios at every size."""
-    sizes = (SMALLEST,) if options.quick else (DEMO, *LARGER)
     measured: list[dict[str, Any]] = []
-    for size in sizes:
+    for size in (CHOICES[name] for name in (["smallest"] if options.quick else options.size)):
         world = World(size)
         cc = trained(size, BatchTopK(size.k), world, steps=max(4, size.training_steps))
+        cc.calibrate([world.batch(20_000 + i) for i in range(2)])  # on rows not trained on, so that L0 is k
         measured.append(race(cc, size, world, options.rounds))
         print(json_text(measured[-1], indent=None), flush=True)
     return measured

@@ -148,13 +148,12 @@ class ScalingSums:
 
     def _terms(self, found: Reconstruction, values: Tensor) -> list[Tensor]:
         """`f ⟨v, x̂^m⟩` and `f ⟨v, e^m⟩` of every active pair, product by product."""
-        parts, needed = (found.reconstruction, found.error), dict.fromkeys(m for m, _ in self._products)
-        targets = {m: [_columns(part, self.crosscoder, m) for part in parts] for m in needed}
         multiply = self.crosscoder.backend.operations.pair_products
+        columns = self.crosscoder.writes.slices
         return [
-            values * multiply(found.code.pattern, target, self._directions[b])
+            values * multiply(found.code.pattern, target[:, columns[m]], self._directions[b])
             for m, b in self._products
-            for target in targets[m]
+            for target in (found.reconstruction, found.error)
         ]
 
     def _side(self, m: str, b: str) -> Side:
@@ -171,10 +170,6 @@ class ScalingSums:
             bias=_dot(v, bias),
             scale=float(scale[0]),
         )
-
-
-def _columns(packed: Float[Tensor, "rows writes"], crosscoder: Crosscoder, key: str) -> Float[Tensor, "rows width"]:
-    return packed[:, crosscoder.writes.slices[key]].contiguous()
 
 
 def _dot(v: Float[Tensor, "latents width"], other: Float[Tensor, "*latents width"]) -> Float[Tensor, "latents"]:
