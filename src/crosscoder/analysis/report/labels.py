@@ -10,6 +10,7 @@ from crosscoder.analysis.report.data import ReportData, optional
 
 
 def labels(data: ReportData, scores: LabelScores) -> str:
+    """The section: how well the best latent of each label finds it, beside simpler detectors."""
     detectors = list(dict.fromkeys(score.detector for label in scores.labels for score in label.scores))
     head = ["label", "tokens, acting / look-alike", "best latent", "relative norm", "F1", *map(plain, detectors)]
     rows = [_label_row(label, detectors, data) for label in scores.labels]

@@ -16,6 +16,7 @@ _KINDS = {"a-only": "a", "shared": "shared", "b-only": "b", "other": "other"}
 
 
 def norms(data: ReportData) -> str:
+    """The section, with its three plots."""
     drawn = [_norm_plot(data)]
     if data.classes.cosine is not None:
         drawn.append(_cosine_plot(data))

@@ -7,6 +7,7 @@ from crosscoder.analysis.report.data import ReportData, optional
 
 
 def numbers(data: ReportData) -> str:
+    """The section: reconstruction, sparsity and cross-entropy, by source."""
     e = data.evaluation
     tiles = {
         "fraction of variance explained": f"{e['fve']:.3f}",
