@@ -84,8 +84,9 @@ def test_files_of_prompts_samples_and_json(run: Path, tmp_path: Path) -> None:
     assert told["examples"][1]["prompt"] == "<|bos|><|system|>be kind<|end|><|user|>who are you<|end|><|assistant|>"
     assert pq.read_table(tmp_path / "here" / "completions.parquet").num_rows == 4
     assert "rate" not in told["doses"][0], "no behaviour was looked for"
-    plain = ["--prompt", "the hill", "--raw", "--doses", "ablate", "--max-new-tokens", 4, "--out", tmp_path / "raw"]
+    plain = ["--prompt", "the hill", "--raw", "--ablate", "--max-new-tokens", 4, "--out", tmp_path / "raw"]
     raw = json.loads(invoke("steer", run, "--latent", 3, *plain, "--json").stdout)
+    assert [dose["dose"] for dose in raw["doses"]] == ["0", "ablate"]
     assert raw["examples"][0]["prompt"] == "<|bos|>the hill"
 
 

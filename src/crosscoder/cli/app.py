@@ -221,6 +221,7 @@ def steer(
         str,
         typer.Option(help="With commas: multiples of each latent's largest value, ablate, scale=X, clamp=V, add=V."),
     ] = "ablate,-1,0,0.5,1,2,4",
+    ablate: Annotated[bool, typer.Option("--ablate", help="Short for --doses 0,ablate: with and without.")] = False,
     tokens: Annotated[
         str,
         typer.Option(help="What is edited: all, prompt, reply, reply:N (its first), roles or positions with commas."),
@@ -238,7 +239,7 @@ def steer(
         from crosscoder.cli import steer as body
 
         prompted = body.Prompted(tuple(prompt or ()), prompts, system, raw, max_new_tokens, samples)
-        asked = body.Doses(tuple(latent), doses, tokens, tuple(source or ()), model)
+        asked = body.Doses(tuple(latent), "0,ablate" if ablate else doses, tokens, tuple(source or ()), model)
         body.run(run, prompted, asked, sign=body.Sign(contains, regex), out=out, as_json=as_json)
 
 
