@@ -16,10 +16,10 @@ from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import EditError, EmptySelection, SourceMismatch, UnknownSource
 from crosscoder.interventions import (
     Attribution,
+    AttributionPath,
     ContinuationLogProbability,
     LogitDifference,
     NextTokenLoss,
-    Path,
     Positions,
     ReplyTokens,
     Roles,
@@ -79,7 +79,7 @@ def test_in_a_linear_model_every_effect_is_that_of_ablation(
 ) -> None:
     """Each (token, latent) ablated by itself, by hand; any number of steps is exact."""
     cc = last_layer()
-    path = Path(start=start, steps=steps)
+    path = AttributionPath(start=start, steps=steps)
     found = integrated_gradients(cc, linear_pair, texts, metric=DIFFERENCE, source="chat", path=path)
     v = raw_decoder(cc, LAST[1]) - (0 if start is None else raw_decoder(cc, LAST[0]))
     head = linear_pair["chat"].model.lm_head.weight
@@ -110,7 +110,9 @@ def test_effects_add_up_to_the_change_along_the_path_as_steps_grow(pair: Pair, t
     cc = double()
     gaps = []
     for steps in (2, 8, 32):
-        found = integrated_gradients(cc, pair, texts, metric=DIFFERENCE, source="chat", path=Path(steps=steps))
+        found = integrated_gradients(
+            cc, pair, texts, metric=DIFFERENCE, source="chat", path=AttributionPath(steps=steps)
+        )
         gaps.append(float(found.missing.abs().max()))
     ends = [[by_hand(cc, pair, c, n, torch.full((), a)) for n, c in enumerate(texts)] for a in (1.0, 0.0)]
     torch.testing.assert_close(found.metric, torch.tensor(ends[0], dtype=torch.float64), rtol=1e-9, atol=1e-12)
@@ -122,7 +124,7 @@ def test_effects_add_up_to_the_change_along_the_path_as_steps_grow(pair: Pair, t
 def test_from_a_to_b_the_path_starts_at_a_share_of_every_latent(pair: Pair, texts: list[Context]) -> None:
     cc = double()
     found = integrated_gradients(
-        cc, pair, texts, metric=DIFFERENCE, source="chat", path=Path(start="base", steps=64)
+        cc, pair, texts, metric=DIFFERENCE, source="chat", path=AttributionPath(start="base", steps=64)
     )  # fmt: skip
     context = texts[1]
     x, f = code_of(cc, pair, context)
@@ -151,7 +153,9 @@ def test_gradient_times_activation_is_the_slope_at_the_activations(pair: Pair, t
 def test_batched_equals_looped(pair: Pair, texts: list[Context]) -> None:
     cc = double()
     together, alone = (
-        integrated_gradients(cc, pair, texts, metric=DIFFERENCE, source="chat", path=Path(block_tokens=size, steps=3))
+        integrated_gradients(
+            cc, pair, texts, metric=DIFFERENCE, source="chat", path=AttributionPath(block_tokens=size, steps=3)
+        )
         for size in (4096, 1)
     )
     assert table_of(together) == pytest.approx(table_of(alone), rel=1e-8, abs=1e-13)
@@ -168,7 +172,7 @@ def table_of(found: Attribution) -> dict[tuple[int, int, int], float]:
 def test_at_chosen_tokens_only_those_move(pair: Pair, toy_tokenizer: PreTrainedTokenizerFast, tokens: object) -> None:
     """And the effects are complete along that shorter path."""
     cc, spoken = double(), contexts(toy_tokenizer, [dialogue(1), dialogue(0)])
-    path = Path(tokens=tokens, steps=64)
+    path = AttributionPath(tokens=tokens, steps=64)
     found = integrated_gradients(cc, pair, spoken, metric=NextTokenLoss(), source="chat", path=path)
     roles = torch.from_numpy(spoken[0].tokens.roles)
     allowed = {
@@ -178,7 +182,7 @@ def test_at_chosen_tokens_only_those_move(pair: Pair, toy_tokenizer: PreTrainedT
     }[type(tokens)]
     assert set(found.position[found.context == 0].tolist()) <= allowed
     assert found.position.numel() and float(found.missing.abs().max()) < 1e-5
-    whole = integrated_gradients(cc, pair, spoken, metric=NextTokenLoss(), source="chat", path=Path(steps=2))
+    whole = integrated_gradients(cc, pair, spoken, metric=NextTokenLoss(), source="chat", path=AttributionPath(steps=2))
     assert not torch.allclose(whole.metric_start, found.metric_start)
 
 
@@ -203,7 +207,7 @@ def test_a_prompt_and_its_continuation_are_a_context(pair: Pair, toy_tokenizer: 
     assert whole.ids.tolist() == [*prompt.ids.tolist(), 40, 41] and whole.roles[-2:].tolist() == [3, 3]
     metric = ContinuationLogProbability(torch.tensor([len(prompt)]))
     found = integrated_gradients(
-        double(), pair, [as_context(whole)], metric=metric, source="chat", path=Path(tokens=Roles(("user",)))
+        double(), pair, [as_context(whole)], metric=metric, source="chat", path=AttributionPath(tokens=Roles(("user",)))
     )
     logits = logits_with(pair["chat"], whole.ids, None).log_softmax(-1)
     expected = logits[len(prompt) - 1, 40] + logits[len(prompt), 41]
@@ -250,16 +254,16 @@ def test_what_cannot_be_attributed_is_refused(pair: Pair, texts: list[Context]) 
         integrated_gradients(double(), pair, texts, **({"metric": DIFFERENCE, "source": "chat"} | changed))
 
     with pytest.raises(EmptySelection, match="1 of 3 contexts"):
-        ask(path=Path(tokens=Roles(("user",))))
+        ask(path=AttributionPath(tokens=Roles(("user",))))
     with pytest.raises(EmptySelection, match="3 of 3"):
-        ask(path=Path(tokens=Positions((0,))))
+        ask(path=AttributionPath(tokens=Positions((0,))))
     with pytest.raises(EditError, match="at least one step"):
-        ask(path=Path(steps=0))
+        ask(path=AttributionPath(steps=0))
     with pytest.raises(EditError, match="is of 2 contexts"):
         ask(metric=LogitDifference(torch.tensor([1, 2]), torch.tensor([1, 2])))
     with pytest.raises(EditError, match="before the context's end"):
         ask(metric=ContinuationLogProbability(torch.tensor([4, 3, 500])))
     with pytest.raises(SourceMismatch, match="another source"):
-        ask(path=Path(start="chat"))
+        ask(path=AttributionPath(start="chat"))
     with pytest.raises(UnknownSource):
         ask(source="plain")

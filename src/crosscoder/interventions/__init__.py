@@ -1,6 +1,6 @@
 """Interventions: edits of activations through latents, and what they do to what a model says."""
 
-from crosscoder.interventions.attribution import Path, gradient_times_activation, integrated_gradients
+from crosscoder.interventions.attribution import AttributionPath, gradient_times_activation, integrated_gradients
 from crosscoder.interventions.attributions import Attribution, RelativeIndirectEffect, relative_indirect_effect
 from crosscoder.interventions.behaviour import Behaviour, Rate, contains, matches
 from crosscoder.interventions.codes import code_rule
@@ -52,7 +52,7 @@ __all__ = [
     "NextTokenLoss",
     "PatchingCurves",
     "PatchingPlan",
-    "Path",
+    "AttributionPath",
     "Positions",
     "Prompt",
     "PromptTokens",

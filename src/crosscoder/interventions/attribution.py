@@ -53,7 +53,7 @@ _PAIRS = 2**16
 
 
 @dataclass(frozen=True)
-class Path:
+class AttributionPath:
     """What is moved, and in how many steps: `start` is None or the source whose share of every latent to start from.
 
     Only the latents at the tokens that are selected move.
@@ -72,7 +72,7 @@ def integrated_gradients(
     *,
     metric: Metric,
     source: str,
-    path: Path = Path(),  # noqa: B008 (frozen)
+    path: AttributionPath = AttributionPath(),  # noqa: B008 (frozen)
     progress: Progress = silent,
 ) -> Attribution:
     """The share of every active latent at `source` in a metric of its model, on these contexts.
@@ -94,7 +94,7 @@ def gradient_times_activation(
     *,
     metric: Metric,
     source: str,
-    path: Path = Path(),  # noqa: B008 (frozen)
+    path: AttributionPath = AttributionPath(),  # noqa: B008 (frozen)
     progress: Progress = silent,
 ) -> Attribution:
     """The first-order estimate: the gradient at the activations as they are, for one forward and backward."""
@@ -110,7 +110,7 @@ def _attribute(
     *,
     metric: Metric,
     source: str,
-    path: Path,
+    path: AttributionPath,
     points: Sequence[float],
     progress: Progress,
 ) -> Attribution:
@@ -123,7 +123,7 @@ def _attribute(
     for done, block in enumerate(blocks):
         progress("attributing to latents", done, len(blocks))
         moved = _Moved(place, read_block(crosscoder, models, block), directions, selected(block, path.tokens))
-        parts.append(moved.attribution(crosscoder, models[place.model], metric, points))
+        parts.append(moved.attribution(crosscoder, models[place.model], metric=metric, points=points))
     progress("attributing to latents", len(blocks), len(blocks))
     return Attribution.joined(parts, num_contexts=len(contexts))
 
@@ -174,7 +174,7 @@ class _Moved:
         self._taken = summed_decoders(read.code, directions).detach() * self._rows[:, None]
 
     def attribution(
-        self, crosscoder: Crosscoder, model: StudiedModel, metric: Metric, points: Sequence[float]
+        self, crosscoder: Crosscoder, model: StudiedModel, *, metric: Metric, points: Sequence[float]
     ) -> Attribution:
         """The effects of this block's latents, and the metric at both ends of the path."""
         x = self._read.x[:, crosscoder.sources.slices[self._place.key]]
