@@ -38,6 +38,7 @@ from crosscoder.interventions.suppression import (
 __all__ = [
     "AllTokens",
     "Attribution",
+    "AttributionPath",
     "Behaviour",
     "Condition",
     "ContinuationLogProbability",
@@ -52,7 +53,6 @@ __all__ = [
     "NextTokenLoss",
     "PatchingCurves",
     "PatchingPlan",
-    "AttributionPath",
     "Positions",
     "Prompt",
     "PromptTokens",
