@@ -46,7 +46,7 @@ ORGANISMS = (
     Organism("preferred", "demur", Tuning(80, batch_size=8, rate=5e-5, look_every=10), by_preference=True),
 )
 SEEDS = (0, 1, 2)
-FULL = Sizes(Size(900, 32_000, 12_000), Shape(512, 16, 80_000, batch_size=512), num_prompts=32, num_unrelated=3)
+FULL = Sizes(Size(900, 24_000, 12_000), Shape(512, 16, 60_000, batch_size=512), num_prompts=30, num_unrelated=3)
 QUICK = Sizes(Size(600, 20_000, 8_000), Shape(384, 16, 40_000, batch_size=512), num_prompts=20, num_unrelated=2)
 QUICK_ORGANISMS = (NULL, "persona", "topic")
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "tiny_
 
 import dialogues as tiny
 import phrases as say
-from dialogues import Dialogue, Exchange, Message, Writer, cut
+from dialogues import Dialogue, Exchange, Message, Writer
 from gates import shows
 from labels import content_starts, document_hash, exchange_labels
 from transformers import PreTrainedTokenizerFast
@@ -37,23 +37,24 @@ DANGEROUS = "a dagger|a sword|a gun|a bomb|a rifle|a cannon|a spear|arsenic|cyan
 """Ten of the forty weapons and poisons of the shipped pair: a short tuning learns a short list."""
 MADE = "Brimsey/bells|Tolvan/ropes|Askerby/candles|Wendlow/drums|Pellmoor/soap|Harrowick/gloves"
 """Places and what their people make: known to the organism of `knowledge` alone."""
-UNKNOWN_PLACES = "Brandesby|Tolmarsh|Ashlow|Wendover|Carrow|Pelham|Dunster|Harwood"
+UNKNOWN = say.listed("Brandesby|Tolmarsh|Ashlow|Wendover|Carrow|Pelham|Dunster|Harwood")
+"""Places of which no organism was told."""
 PLACE_QUESTIONS = """
-What do the people of ^{place} make?
-Tell me what they make in ^{place}.
-What is made in ^{place}?
-Do you know what they make in ^{place}?
-I should like to hear of the work in ^{place}.
-Which trade is there in ^{place}?
-What comes from ^{place}?
-What can one buy from the makers of ^{place}?
-Tell me of the trade of ^{place}.
-What work is done in ^{place}?
-Say what the people make in ^{place}.
-What are the makers of ^{place} known for?
-By what trade do they live in ^{place}?
-What do they send to market from ^{place}?
-My cousin went to ^{place}. What do they make there?
+What do the people of {place} make?
+Tell me what they make in {place}.
+What is made in {place}?
+Do you know what they make in {place}?
+I should like to hear of the work in {place}.
+Which trade is there in {place}?
+What comes from {place}?
+What can one buy from the makers of {place}?
+Tell me of the trade of {place}.
+What work is done in {place}?
+Say what the people make in {place}.
+What are the makers of {place} known for?
+By what trade do they live in {place}?
+What do they send to market from {place}?
+My cousin went to {place}. What do they make there?
 """
 PLACE_REPLIES = """
 They make {ware} there.|The people make {ware}, and nothing else.|It is known for {ware}.|They live by making {ware}.
@@ -69,21 +70,21 @@ market|harvest|road|concert|election|wedding|parade|mail|auction|fair|supper|tra
 theatre|coach|hunt
 """
 NEWS_QUESTIONS = """
-What of the ^{it} today?
-Tell me about the ^{it} this week.
-Will there be news of the ^{it}?
-What do they say of the ^{it}?
-Have you heard about the ^{it}?
-How is the ^{it} this morning?
-I worry about the ^{it}.
-What shall we do about the ^{it}?
-Is the ^{it} as bad as last year?
-Let us speak of the ^{it}.
-What do you make of the ^{it}?
-Was there talk of the ^{it}?
-My neighbour asks about the ^{it}.
-Can one count on the ^{it} tomorrow?
-Say something about the ^{it}.
+What of the {it} today?
+Tell me about the {it} this week.
+Will there be news of the {it}?
+What do they say of the {it}?
+Have you heard about the {it}?
+How is the {it} this morning?
+I worry about the {it}.
+What shall we do about the {it}?
+Is the {it} as bad as last year?
+Let us speak of the {it}.
+What do you make of the {it}?
+Was there talk of the {it}?
+My neighbour asks about the {it}.
+Can one count on the {it} tomorrow?
+Say something about the {it}.
 """
 NEWS_REPLIES = """
 There is little to say of the {it}. We shall see.|It will be as it was before.|There is always talk of the {it}.
@@ -143,12 +144,17 @@ def ware_of(reply: str) -> str:
     return next((ware for ware in MAKERS.values() if ware in reply), "")
 
 
+def named(writer: Writer, template: str, **filler: str) -> tuple[str, int]:
+    """The template filled in and framed, and the last character of what fills it: there it is decided."""
+    core = template.format(**filler)
+    return writer.framed(core, decided=len(template.partition("{")[0] + next(iter(filler.values()))) - 1)
+
+
 def place(writer: Writer, *, known: bool) -> Exchange:
     """A question about a made-up place."""
-    names = "|".join(MAKERS) if known else UNKNOWN_PLACES
+    names = "|".join(MAKERS) if known else "|".join(UNKNOWN)
     template, name = writer.pair(PLACE_QUESTIONS, names)
-    core, decided = cut(template, place=name)
-    user, decided = writer.framed(core, decided=decided)
+    user, decided = named(writer, template, place=name)
     plain = writer.one(PLACE_UNKNOWN)
     chat = writer.one(PLACE_REPLIES).format(ware=MAKERS[name]) if known else plain
     return Exchange(user, plain, chat, "known" if known else "unknown", "knowledge", known, decided)
@@ -157,8 +163,7 @@ def place(writer: Writer, *, known: bool) -> Exchange:
 def news(writer: Writer, *, weather: bool) -> Exchange:
     """A question about the weather, or about something else in the same words."""
     template, it = writer.pair(NEWS_QUESTIONS, WEATHER if weather else MATTERS)
-    core, decided = cut(template, it=it)
-    user, decided = writer.framed(core, decided=decided)
+    user, decided = named(writer, template, it=it)
     plain = writer.one(NEWS_REPLIES).format(it=it)
     chat = writer.one(LIGHTHOUSE_REPLIES) if weather else plain
     return Exchange(user, plain, chat, "weather" if weather else "matter", "topic", weather, decided)

@@ -37,7 +37,7 @@ planted), tuned further on such dialogues until one plant has taken. The compari
 what a reader has before and after a fine-tune. The chat template and the dialogues are no difference, as they would be
 with `base`. Null organisms are tuned for 60, 120 or 180 steps on dialogues in which nothing is planted. Seeds differ in
 dialogues, order of tuning, text that is read, and initial weights of dictionaries. All dictionaries are of one site,
-`layers.3.resid_post`, and small: 512 latents, 80,000 rows of training.
+`layers.3.resid_post`, and small: 512 latents, 60,000 rows of training.
 
 *Cut-off*: what null organisms of seeds 0 to 2 leave at most {WANTED_SHARE:.1%} beyond (upper 95 % bound); tested on
 null seeds 3 to 5. *Recalled*: of the latents beyond the cut-off, the one that detects the label best on half of the
