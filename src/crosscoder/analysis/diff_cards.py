@@ -112,9 +112,9 @@ class CardMaker:
         said = {
             name: _with_interval(values[latent], _row(interval, latent)) for name, (values, interval) in named.items()
         }
-        ratio = float(pair.amplification.activation_ratio[latent])
+        ratio = float(pair.amplification.own_ratio[latent])
         return {name: text for name, text in said.items() if text} | (
-            {} if ratio != ratio else {"b carries": f"{2**ratio:.2g} × a"}
+            {} if ratio != ratio else {"in b": f"{2**ratio:.2g} × as strong as in a"}
         )
 
     def _effects(self, found: LatentEffects | None) -> dict[int, list[CardEffect]]:

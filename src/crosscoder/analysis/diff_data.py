@@ -74,7 +74,7 @@ def shown_latents(parts: DiffParts) -> Shown:
     taken = {latent for side in found.values() for latent in side.latents[:NUM_SHOWN]} | set(by_wiring)
     named = [latent for latent in dict.fromkeys(_best_latents(parts.labels)) if latent not in taken]
     amplified = parts.pair.amplification
-    moved = [int(i) for way in ("amplified", "attenuated") for i in amplified.most(way, num=NUM_CHANGED)]
+    moved = [int(i) for way in ("amplified", "attenuated") for i in amplified.most(way, by="own", num=NUM_CHANGED)]
     return Shown(found, by_wiring, named, [latent for latent in moved if latent not in {*taken, *named}])
 
 

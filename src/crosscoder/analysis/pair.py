@@ -66,7 +66,7 @@ class PairStatistics:
         scored = self.specificity.table()
         found |= {f"specificity_{name}": scored[name] for name in scored.column_names if "/" in name}
         carried = self.amplification.table()
-        found |= {name: carried[name] for name in ("norm_ratio", "activation_ratio")}
+        found |= {name: carried[name] for name in ("norm_ratio", "own_ratio", "activation_ratio")}
         driven = self.activity.table()
         return found | {name: driven[name] for name in driven.column_names if name == "coherence" or "share/" in name}
 
@@ -112,7 +112,7 @@ def pair_statistics(
         toward_b=toward_b,
         specificity=specificity(classes, toward_a, toward_b),
         activity=driven.result,
-        amplification=_amplification(classes, toward_a, toward_b, statistics=statistics),
+        amplification=_amplification(crosscoder, classes, (toward_a, toward_b), statistics),
         twins=found,
         together=None if together is None else together.result,
     )
@@ -129,19 +129,15 @@ def _twin_sums(found: Twins, statistics: pa.Table) -> CoActivationSums:
 
 
 def _amplification(
-    classes: LatentClasses, toward_a: LatentScaling, toward_b: LatentScaling, *, statistics: pa.Table
+    crosscoder: Crosscoder, classes: LatentClasses, sides: tuple[LatentScaling, LatentScaling], statistics: pa.Table
 ) -> Amplification:
-    """Of latents that training made shared; along b's rows β of b, along a's β of a."""
+    """Of latents that training did not give to one side alone; `sides` scale along a's rows and along b's."""
     among = torch.zeros(len(classes.class_ids), dtype=torch.bool)
     for name in ("shared", "other"):
         among[classes.learned(name).cpu()] = True
-    return amplification(
-        Carried(classes.a, classes.norm_a.cpu().double(), toward_a.beta_activation_b),
-        Carried(classes.b, classes.norm_b.cpu().double(), toward_b.beta_activation_b),
-        num_active=toward_b.num_active,
-        among=among,
-        density={role: _column(statistics, f"density_{role}") for role in ROLES},
-    )
+    a, b = (Carried.of(crosscoder, side) for side in sides)
+    density = {role: _column(statistics, f"density_{role}") for role in ROLES}
+    return amplification(a, b, num_active=sides[1].num_active, among=among, density=density)
 
 
 def _column(table: pa.Table, name: str) -> Float[Tensor, "latents"]:

@@ -46,7 +46,7 @@ def changes(data: ReportData) -> str:
     if pair is None or pair.reason is not None:
         return ""
     found = pair.amplification
-    ratio = found.activation_ratio.numpy()
+    ratio = found.own_ratio.numpy()
     ranked = found.ranked.numpy() & np.isfinite(ratio)
     counts = np.histogram(ratio[ranked].clip(*_RATIO_EDGES[[0, -1]]), _RATIO_EDGES)[0]
     kinds = ["a" if edge < -1 else "b" if edge >= 1 else "shared" for edge in _RATIO_EDGES[:-1]]
@@ -55,17 +55,18 @@ def changes(data: ReportData) -> str:
         _RATIO_EDGES,
         kinds=kinds,
         x_ticks={-2.0: "¼", -1.0: "½", 0.0: "alike", 1.0: "2 ×", 2.0: "4 ×"},
-        labels=("b over a, what activations carry", "latents (log)"),
-        title="How much more of each shared latent b's activations carry",
+        labels=("b over a", "latents (log)"),
+        title="How much stronger each shared latent is in b",
     )
     listed = [_changed(data, way) for way in ("amplified", "attenuated")]
-    numbers = found.to_json()["log2_activation_ratio"]
+    numbers = found.to_json()["log2_own_ratio"]
     note = (
         f"Of {int(found.ranked.sum()):,} latents that both models write (active on at least {found.min_active} rows), "
-        f"{numbers['num_doubled']:,} are at least twice as strong in b and {numbers['num_halved']:,} at most half. Of "
-        f"{numbers['num_without']:,} one model's activations carry nothing, which has no ratio."
+        f"{numbers['num_doubled']:,} are at least twice as strong in b and {numbers['num_halved']:,} at most half, "
+        f"measured on what the other latents leave. {numbers['num_without']:,} have no such ratio: one model carries "
+        "nothing of them."
     )
-    caption = "Carried by b's activations over a's, each along its own direction. Mind the log scale."
+    caption = "What the other latents leave for it in b over the same in a, each along its own direction. Log scale."
     body = f'<div class="figures">{figure(drawing, caption)}{"".join(listed)}</div>'
     return section("What fine-tuning turned up and down", body, identity="changes", note=note)
 
@@ -134,11 +135,11 @@ def _twins(pair: PairStatistics) -> str:
 def _changed(data: ReportData, way: str) -> str:
     assert data.pair is not None
     found = data.pair.amplification
-    latents: Sequence[int] = found.most("amplified" if way == "amplified" else "attenuated", num=10).tolist()
+    latents: Sequence[int] = found.most("amplified" if way == "amplified" else "attenuated", by="own", num=10).tolist()
     rows = [
         [
             _linked(data, latent),
-            ranged(float(2 ** found.activation_ratio[latent])),
+            ranged(float(2 ** found.own_ratio[latent])),
             f"{int(found.num_active[latent]):,}",
         ]
         for latent in latents
