@@ -42,7 +42,7 @@ DEMO = Size("demo", 2, 256, 4096, 4096, 38, training_steps=100)
 """The demo's crosscoder: 4,096 latents on two sources of 256."""
 CHOICES = {
     size.name: size
-    for size in (DEMO, replace(SIZES["A"], training_steps=100), replace(SIZES["B"], training_steps=20), SMALLEST)
+    for size in (DEMO, replace(SIZES["A"], training_steps=30), replace(SIZES["B"], training_steps=10), SMALLEST)
 }
 CONTEXT = 256
 ONE, BOTH = "one pair", "both directions"
