@@ -26,7 +26,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "crosscoder is trained as this one was, on a made-up partner x_b := x_a + N(mean, covariance of x_b − x_a).",
         "false-exclusive share": "The share of latents beyond the cut-off in null crosscoders of other seeds than "
         "those that set it, with a one-sided 95 % upper bound.",
-        "amplified, attenuated": "How much of the latent is in b over how much is in a, each along its own decoder row, "
+        "amplified, attenuated": "How much of the latent is in b over how much is in a, along either decoder row, "
         "as β of what the other latents leave times the norm. 1: unchanged; 2: twice as strong in b.",
         "source activity": "Each source in turn is set to its mean before encoding; the share of the latent's value "
         "that goes with it.",
