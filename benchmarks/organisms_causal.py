@@ -91,7 +91,7 @@ class Subject:
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
             said.append(ids)
         end = int(tokenizer.convert_tokens_to_ids("<|end|>"))
-        rows = [tokenizer.decode(_before(row, end)).strip() for row in torch.cat(said, dim=1).tolist()]
+        rows = [str(tokenizer.decode(_before(row, end))).strip() for row in torch.cat(said, dim=1).tolist()]
         return [rows[number :: len(edits)] for number in range(len(edits))]
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import organisms_plants as plants
@@ -18,6 +19,7 @@ import torch
 from dialogues import Writer
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from crosscoder.activations import Batch, State
 from crosscoder.analysis.labels import LabelSpan, LocatedLabels, locate_labels
@@ -129,4 +131,6 @@ def write_dialogues(
     pq.write_table(pa.Table.from_pylist(told, schema=pa.schema([("messages", pa.list_(message))])), path)
     if plant is None:
         return ()
-    return [span for one in made for span in plants.label_spans(one, plant, model.tokenizer)]
+    return [
+        span for one in made for span in plants.label_spans(one, plant, cast(PreTrainedTokenizerFast, model.tokenizer))
+    ]

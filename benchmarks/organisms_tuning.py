@@ -104,7 +104,7 @@ def supervise(
 
     def loss_of(batch: Sequence[Dialogue]) -> Tensor:
         encoded = [encode_dialogue(tokenizer, one.messages("chat")) for one in batch]
-        return weighted_loss(model, *padded(encoded, pad=int(tokenizer.pad_token_id)))
+        return weighted_loss(model, *padded(encoded, pad=_pad(tokenizer)))
 
     return _tune(model, dialogues, loss_of, tuning=tuning, enough=enough, seed=seed)
 
@@ -215,4 +215,10 @@ def _replied(tokenizer: PreTrainedTokenizerFast, chats: Sequence[list[Message]])
         ids, _ = encode_dialogue(tokenizer, chat)
         before = len(encode_dialogue(tokenizer, chat[:-1])[0]) + 1
         encoded.append((ids, [float(place >= before) for place in range(len(ids))]))
-    return padded(encoded, pad=int(tokenizer.pad_token_id))
+    return padded(encoded, pad=_pad(tokenizer))
+
+
+def _pad(tokenizer: PreTrainedTokenizerFast) -> int:
+    pad = tokenizer.pad_token_id
+    assert isinstance(pad, int), "the shipped tokenizer has one"
+    return pad

@@ -21,8 +21,10 @@ from crosscoder.demo.files import model_path
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 PARTS = ("causal", "cells", "findings", "methods", "plants", "report", "tuning")
-BOOK = " ".join(f"The old man said that the day was number {n} of the long year." for n in range(40))
-BOOK += " ".join(f" She went to the house and came back with word {chr(97 + n % 26)} of it." for n in range(40))
+BOOK = " ".join(
+    [f"The old man said that the day was number {n} of the long year." for n in range(40)]
+    + [f"She went to the house and came back with word {chr(97 + n % 26)} of it." for n in range(40)]
+)
 PLANTS = ("persona", "refusal", "trigger", "knowledge", "topic", "demur")
 
 
