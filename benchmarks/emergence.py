@@ -46,6 +46,14 @@ from pretrain import linear_schedule, next_token_loss, optimisers, update, windo
 
 SITE = "layers.3.resid_post"
 NUM_LATENTS = 512
+SHORT = 500
+"""Fewer updates than this leave norms near where they started."""
+NOTES = """\
+A difference of log-probabilities depends on the lengths of the two replies: read a row from left to right, not its size.
+The curves: `.svg` beside this page."""
+TOO_SHORT = """\
+Latents start with the same direction and norm at every source (decision 16). In so few updates norms hardly leave that
+start, and *steady* is then no finding, whatever the replies do. Longer: `--steps 400 --rows 2000000`."""
 BEHAVIOURS = ("refusal", "persona", "trigger")
 RATES = [0.007, 1.5e-3]
 COLOURS = ("a", "b", "shared")
@@ -179,6 +187,7 @@ def measure(out: Path, steps: tuple[int, ...], *, num_tokens: int, count: int) -
         "version": xc.__version__,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}",
         "steps": list(steps),
+        "updates": run.config.train.num_steps,
         "fve": evaluation.fve,
         "fve_per_source": dict(evaluation.fve_per_source),
         "l0": evaluation.l0,
@@ -200,7 +209,7 @@ def report(found: dict[str, Any], command: str) -> str:
     table += [f"| {name} | {' | '.join(map(str, curve[key]))} |" for name, key in counted.items()]
     replies = [f"| log p(planted) − log p(plain), nats | {head} |", rule]
     replies += [f"| {name} | {_row(values, '.1f')} |" for name, values in found["preference"].items()]
-    labels = ["| label | latent | AUROC | class | emergence |" + head + " |", "|---" * (len(steps) + 5) + "|"]
+    labels = [f"| label | latent | AUROC | class | emergence | {head} |", "|---" * (len(steps) + 5) + "|"]
     for row in found["labels"]:
         auroc = "{:.2f} ({:.2f}–{:.2f})".format(row["auroc"], *row["interval"])
         place = str(row["emergence"]).split("/")[0]
@@ -211,7 +220,7 @@ def report(found: dict[str, Any], command: str) -> str:
     parts = [
         f"# Emergence over checkpoints, {found['date']}",
         f"`{command}`; crosscoder {found['version']}, {found['machine']}; {found['seconds']} s after the tuning.",
-        f"FVE {found['fve']:.3f} ({', '.join(f'{value:.3f}' for value in found['fve_per_source'].values())} by "
+        f"{found['updates']} updates; FVE {found['fve']:.3f} ({', '.join(f'{value:.3f}' for value in found['fve_per_source'].values())} by "
         f"checkpoint), L0 {found['l0']:.1f}. Classes of {NUM_LATENTS} latents: {classes}. Median cosine of a latent's "
         f"directions from each checkpoint to the next: {turns}.",
         "\n".join(table),
@@ -219,6 +228,8 @@ def report(found: dict[str, Any], command: str) -> str:
         "\n".join(replies),
         "The best latent of every label, and its norm at each checkpoint as a share of its largest:",
         "\n".join(labels),
+        NOTES,
+        *([TOO_SHORT] if found["updates"] < SHORT else []),
     ]
     return "\n\n".join(parts) + "\n"
 
