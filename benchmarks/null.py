@@ -47,7 +47,18 @@ PAIR = ("base", "chat")
 AUROC = 0.9
 TARGET = 0.01
 """The upper 95 % bound of the false-exclusive share on unseen seeds."""
-QUICK = ("train.num_tokens=20480", "wiring.num_latents=256", "nonlinearity.k=8", "text.held_out.num_tokens=20000")
+LEANING = (
+    "The noise of a structureless null is b's alone, and latents that hold it are rightly exclusive to b: cuts of side "
+    "b are strict, those of side a are not. Counts of side a are to be read beside the partner's, or with the pair "
+    "turned round (--a chat --b base)."
+)
+QUICK = (
+    "train.num_tokens=20480",
+    "normaliser.num_tokens=10240",
+    "wiring.num_latents=256",
+    "nonlinearity.k=8",
+    "text.held_out.num_tokens=20000",
+)
 
 
 @dataclass(frozen=True)
@@ -227,6 +238,8 @@ def _cuts(found: PairControls) -> Iterator[str]:
         f"The cut leaves at most .2 % of calibrating null latents beyond it, with 95 % confidence. Target on unseen "
         f"seeds: an upper 95 % bound of at most {TARGET:.0%} (the larger of the bounds by latents and by seeds)."
     )
+    yield ""
+    yield LEANING
     yield ""
     head = ["score", "side", "cut", "unseen null latents beyond", "share", "upper: latents", "upper: seeds", "target"]
     head += ["pair beyond", "expected", "false discovery rate"]
