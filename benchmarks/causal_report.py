@@ -1,0 +1,165 @@
+"""The report of `causal.py`: verdicts from the figures, what fails said plainly, curves as SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from crosscoder.analysis.steering_plots import against_count
+from crosscoder.synthetic.curves import wilson
+
+KINDS = {"repeated attribution": "b", "attribution": "a", "difference": "shared", "labels": "other"}
+Point = dict[str, Any]
+
+HEAD = """# Do the latents of a planted behaviour cause it?
+
+{date}. `crosscoder demo` trained a crosscoder of `base` and `chat` ({num_latents:,} latents, {live:,} of them live,
+one layer); this is `benchmarks/causal.py` on that run: {machine}, {minutes} minutes. Greedy replies of {new_tokens}
+tokens to single questions. Latents are ranked, sets pruned and doses found on questions of the templates that
+training used ({choosing} questions, {told} for attribution); every rate below is on {prompts} held-out questions of
+each kind. KL (clean ‖ edited) is the mean over {kl_tokens:,} tokens of held-out books. Edits are in `chat`, on every
+token but BOS. As the partner runs clean beside the model that speaks, an edit of both models at once changes the
+replies of `chat` by nothing more. Intervals are Wilson's at 95 %; of several random sets, of all their replies
+together.
+"""
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The replies of several sets together."""
+
+    share: float
+    low: float
+    high: float
+    worst: float
+    kl: str
+
+    @classmethod
+    def of(cls, points: Sequence[Point]) -> Pooled:
+        """Pooled over sets; `worst` is the lowest rate of one, `kl` their range."""
+        hits, total = sum(p["hits"] for p in points), sum(p["total"] for p in points)
+        low, high = min(p["kl"] for p in points), max(p["kl"] for p in points)
+        span = f"{low:.4f}" if len(points) == 1 else f"{low:.4f}–{high:.4f}"
+        return cls(hits / total, *wilson(hits, total), min(p["rate"] for p in points), span)
+
+    @property
+    def text(self) -> str:
+        """Rate and interval."""
+        return f"{self.share:.1%} ({self.low:.1%}–{self.high:.1%})"
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """The whole report."""
+    parts = [HEAD.format(**result["about"], **result["about"]["options"])]
+    verdicts = [line for name, found in result["behaviours"].items() for line in _verdicts(name, found)]
+    parts += ["## What holds, and what fails\n", "\n".join(verdicts), ""]
+    for name, found in result["behaviours"].items():
+        parts += [_section(name, found)]
+    parts.append(LIMITS)
+    return "\n".join(parts)
+
+
+def figures(result: dict[str, Any]) -> dict[str, str]:
+    """The suppression curves of every behaviour, by ranking."""
+    return {
+        f"causal-{name}.svg": against_count(
+            {
+                KINDS[ranking]: [(p["num_latents"], p["rate"], p["low"], p["high"]) for p in points]
+                for ranking, points in found["choosing"].items()
+            },
+            title=f"{name}: rate against the number of latents suppressed",
+            y_label=f"{name} rate",
+        )
+        for name, found in result["behaviours"].items()
+    }
+
+
+def _verdicts(name: str, found: dict[str, Any]) -> Iterator[str]:
+    """One line for each claim, with its figures."""
+    parts = {key: Pooled.of(points) for key, points in found["suppression"].items() if key != "chosen"}
+    untouched, chosen = parts.pop("untouched"), Pooled.of(found["suppression"]["chosen"][:1])
+    drop = untouched.share - chosen.share
+    yield _line(drop >= 0.5, f"**{name}**, suppressed: {untouched.share:.1%} → {chosen.text}, KL {chosen.kl}")
+    for key, control in parts.items():
+        less = untouched.share - control.share
+        holds = less <= 0.1 and control.low > chosen.high
+        yield _line(
+            holds, f"**{name}**, control *{key}*: falls by {100 * less:.1f} points to {control.text}, KL {control.kl}"
+        )
+    held = found["amplification"]["held_out"]
+    before, after = Pooled.of(held["untouched"]), Pooled.of(held["chosen"])
+    alike = Pooled.of(held["as many, density and norm matched"])
+    raised = after.low > before.high and after.low > alike.high
+    yield _line(
+        raised,
+        f"**{name}**, amplified on look-alikes: {before.share:.1%} → {after.text}, KL {after.kl}; as many matched "
+        f"latents {alike.text}",
+    )
+
+
+def _line(holds: bool, text: str) -> str:
+    return f"- {'holds' if holds else '**FAILS**'}: {text}"
+
+
+def _section(name: str, found: dict[str, Any]) -> str:
+    pruned, dose = found["pruned"], found["amplification"]
+    smallest = (
+        "no set on the curve reached the target" if pruned is None else f"{len(pruned)} latents: {found['answer']}"
+    )
+    rows = [
+        (key, str(point["num_latents"]), f"{point['rate']:.1%}", f"{point['low']:.1%}–{point['high']:.1%}",
+         f"{point['kl']:.4f}")
+        for key, points in found["suppression"].items()
+        for point in points
+    ]  # fmt: skip
+    curves = [(ranking, *_curve(points)) for ranking, points in found["choosing"].items()]
+    doses = [
+        (key, f"{p['amount']:g}", str(p["num_latents"]), f"{p['rate']:.1%}", f"{p['low']:.1%}–{p['high']:.1%}",
+         f"{p['kl']:.4f}")
+        for key, points in dose["held_out"].items()
+        for p in points
+    ]  # fmt: skip
+    parts = [
+        f"## {name.capitalize()}\n",
+        f"Smallest set that suffices, pruned from the curve on the choosing side: {smallest}.\n",
+        f"![{name}: rate against the number of latents](causal-{name}.svg)\n",
+        "Rate on the choosing side against the number of latents, by ranking:\n",
+        _table(("ranking", "rate (KL) at number of latents"), [(key, "; ".join(cells)) for key, *cells in curves]),
+        "Suppressed, held out:\n",
+        _table(("set", "latents", "rate", "95 %", "KL"), rows),
+        f"Amplified on look-alikes, held out: *{dose['set']}* at {dose['amount']:g} times each largest value.\n",
+        _table(("set", "dose", "latents", "rate", "95 %", "KL"), doses),
+        "\n".join(f"> *{e['asked']}* — {e['reply']}\n>" for e in dose["examples"]).rstrip(">"),
+        _latents(found["latents"]),
+    ]
+    return "\n".join(parts)
+
+
+def _curve(points: Sequence[Point]) -> Iterator[str]:
+    for p in points:
+        yield f"{p['num_latents']}: {p['rate']:.0%} ({p['kl']:.3f})"
+
+
+def _latents(cards: Sequence[Point]) -> str:
+    roles = ("text", "user", "assistant", "template")
+    rows = [
+        (str(c["latent"]), f"{c['relative_norm']:.2f}", *(f"{c[f'density_{role}']:.2%}" for role in roles))
+        for c in cards[:12]
+    ]
+    more = f"\n... and {len(cards) - 12} more.\n" if len(cards) > 12 else ""
+    return _table(("latent", "relative norm", *(f"density {role}" for role in roles)), rows) + more
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+LIMITS = """## Limits
+
+One crosscoder, one seed, one pair of small models. Questions are single: without the dialogue before them. The pruned
+set is minimal in the order tried, not the smallest. The predicate of refusal is one of five openings, word for word:
+a refusal in other words counts as none, and so does broken text; read the examples. An ablated set takes away what
+its latents do elsewhere too, of which KL on books shows one part.
+"""
