@@ -49,8 +49,8 @@ NUM_LATENTS = 512
 SHORT = 500
 """Fewer updates than this leave norms near where they started."""
 NOTES = """\
-A difference of log-probabilities depends on the lengths of the two replies: read a row from left to right, not its size.
-The curves: `.svg` beside this page."""
+A difference of log-probabilities depends on the lengths of the two replies: read a row from left to right, not its
+size. The curves: `.svg` beside this page."""
 TOO_SHORT = """\
 Latents start with the same direction and norm at every source (decision 16). In so few updates norms hardly leave that
 start, and *steady* is then no finding, whatever the replies do. Longer: `--steps 400 --rows 2000000`."""
@@ -217,10 +217,11 @@ def report(found: dict[str, Any], command: str) -> str:
         labels.append(f"| {' | '.join(cells)} |")
     classes = ", ".join(f"{name} {count}" for name, count in curve["classes"].items())
     turns = " → ".join("–" if turn is None else f"{turn:.3f}" for turn in curve["median_turn"])
+    by_source = ", ".join(f"{value:.3f}" for value in found["fve_per_source"].values())
     parts = [
         f"# Emergence over checkpoints, {found['date']}",
         f"`{command}`; crosscoder {found['version']}, {found['machine']}; {found['seconds']} s after the tuning.",
-        f"{found['updates']} updates; FVE {found['fve']:.3f} ({', '.join(f'{value:.3f}' for value in found['fve_per_source'].values())} by "
+        f"{found['updates']} updates; FVE {found['fve']:.3f} ({by_source} by "
         f"checkpoint), L0 {found['l0']:.1f}. Classes of {NUM_LATENTS} latents: {classes}. Median cosine of a latent's "
         f"directions from each checkpoint to the next: {turns}.",
         "\n".join(table),
