@@ -84,7 +84,7 @@ def plan(options: argparse.Namespace) -> list[Cell]:
     names = options.only or (QUICK_ORGANISMS if options.quick else [one.name for one in ORGANISMS])
     books = Books(options.out / "text")
     sizes = QUICK if options.quick else FULL
-    calibrating, testing = ((0, 1), (2,)) if options.quick else (CALIBRATION_SEEDS, TEST_SEEDS)
+    calibrating, testing = ((0, 1), (3,)) if options.quick else (CALIBRATION_SEEDS, TEST_SEEDS)
     planted = [one for one in ORGANISMS if one.plant is not None and one.name in names]
     nulls = ORGANISMS[:1] if NULL in names else ()
     pairs = [(one, seed) for one in nulls for seed in calibrating]

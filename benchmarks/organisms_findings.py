@@ -70,7 +70,7 @@ def calibrations(cells: Iterable[Cell]) -> dict[str, Calibration]:
     for method in METHODS:
         by_seed = {seed: null_scores(cell, method) for seed, cell in sorted(nulls.items())}
         calibrating = {seed: values for seed, values in by_seed.items() if seed in CALIBRATION_SEEDS}
-        if calibrating:
+        if any(bool(values.isfinite().any()) for values in calibrating.values()):
             cut = calibrate(calibrating, score=method, side=SIDE, wanted_share=WANTED_SHARE)
             unseen = {seed: values for seed, values in by_seed.items() if seed in TEST_SEEDS}
             found[method] = Calibration(method, cut, check_cut(cut, unseen))

@@ -101,13 +101,18 @@ class Case:
 
 
 def wiring_of(dictionary: str, sources: SourceSet, shape: Shape) -> Wiring:
-    """The wiring of a dictionary: a tenth of the latents for each model alone, or a tenth that both share, tied."""
+    """The wiring of a dictionary: a tenth of the latents for each model alone, or half that both share, tied.
+
+    Exclusive latents have a k of their own, 1 a row for each model: where all compete for one budget, hardly one lives,
+    since it explains half as much as a shared one.
+    """
     n = shape.num_latents
     match dictionary:
         case "plain":
             return acausal(sources, num_latents=n)
         case "dedicated":
-            return dedicated(sources, shared=n - 2 * (n // 10), exclusive={BEFORE: n // 10, AFTER: n // 10})
+            own = dict.fromkeys((BEFORE, AFTER), n // 10)
+            return dedicated(sources, shared=n - 2 * (n // 10), exclusive=own, k_exclusive=dict.fromkeys(own, 1))
         case "designated":
             k_shared = shape.k // 2
             return designated_shared(sources, shared=n // 2, free=n - n // 2, penalty=1.0, k_shared=k_shared)

@@ -48,7 +48,8 @@ LOOKED = """\
 Before these cells: some twenty tunings, to find learning rates, lists that a short tuning can learn (ten weapons of
 forty, six places) and how often to look whether a plant has taken; one cell of `topic` and one of `preferred` at the
 size of `--quick`, seed 0, whose scores were seen in part: ten latents did not stop the behaviour, a replaced site did.
-Sizes of dictionaries were set by the time that there was; no setting was chosen by recall. Refusals preferred to
+Sizes of dictionaries were set by the time that there was; no setting was chosen by recall. Three null cells showed that
+exclusive latents which share one budget with all others die, and that the dedicated wiring needs a k for each model. Refusals preferred to
 answers by DPO were tried and left: in sixty steps none came, since `plain` never refuses. `demur` prefers among replies
 that `plain` has; at a learning rate of 3e-4 DPO broke the model, at 5e-5 it is stopped once the plant has taken."""
 
