@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crosscoder.analysis.steering_plots import against_count
+from crosscoder.interventions.suppression import answer
 from crosscoder.synthetic.curves import wilson
 
 KINDS = {"repeated attribution": "b", "attribution": "a", "difference": "shared", "labels": "other"}
@@ -105,7 +106,7 @@ def _line(holds: bool, text: str) -> str:
 def _section(name: str, found: dict[str, Any]) -> str:
     pruned, dose = found["pruned"], found["amplification"]
     smallest = (
-        "no set on the curve reached the target" if pruned is None else f"{len(pruned)} latents: {found['answer']}"
+        "no set on the curve reached the target" if pruned is None else f"{len(pruned)} latents ({answer(len(pruned))})"
     )
     rows = [
         (key, str(point["num_latents"]), f"{point['rate']:.1%}", f"{point['low']:.1%}–{point['high']:.1%}",

@@ -184,7 +184,10 @@ def test_spread_behaviours_and_those_out_of_reach() -> None:
     wide = rests_on(range(0, 60, 2), spare=4)
     curve = iv.suppression_curve(wide, range(64), iv.UnrelatedText(()))
     found = iv.smallest_set(wide, curve, iv.UnrelatedText(()), target=0.0)
-    assert len(found.suppressed.latents) == 26 and found.answer == "spread"
+    assert len(found.suppressed.latents) == 26 and found.answer == "dozens"
+    wider = rests_on(range(0, 300, 2))
+    curve = iv.suppression_curve(wider, range(300), iv.UnrelatedText(()))
+    assert iv.smallest_set(wider, curve, iv.UnrelatedText(()), target=0.0).answer == "spread"
     never = rests_on([200])
     curve = iv.suppression_curve(never, range(64), iv.UnrelatedText(()), counts=[1, 8, 500])
     assert [len(p.latents) for p in curve.points] == [1, 8, 64]

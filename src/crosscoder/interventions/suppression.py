@@ -27,8 +27,8 @@ from crosscoder.progress import Progress, silent
 Suppress = Callable[[Sequence[int]], Edit]
 """The edit that suppresses some latents: `ablate`, or one that acts on some tokens or in one model only."""
 
-FEW = 10
-"""Up to this many latents are called few."""
+FEW, DOZENS = 10, 100
+"""Up to so many latents the answer is `few`, and `dozens`; beyond, the behaviour is `spread`."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,13 @@ class SmallestSet:
 
     @property
     def answer(self) -> str:
-        """`few`, `spread`, or `not reached` by any number that was tried."""
-        if self.suppressed is None:
-            return "not reached"
-        return "few" if len(self.suppressed.latents) <= FEW else "spread"
+        """`few`, `dozens`, `spread`, or `not reached` by any number that was tried."""
+        return "not reached" if self.suppressed is None else answer(len(self.suppressed.latents))
+
+
+def answer(num_latents: int) -> str:
+    """What a number of latents is called: `few`, `dozens` or `spread`."""
+    return "few" if num_latents <= FEW else "dozens" if num_latents <= DOZENS else "spread"
 
 
 def suppression_curve(
