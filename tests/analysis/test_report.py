@@ -109,7 +109,7 @@ def hostile_data(*, labels: LabelScores | None = None) -> ReportData:
         evaluation=evaluation,
         density=np.full(cc.num_latents, 0.01),
         cards=cards,
-        most={"a": Survivors("a", "joint", (0, 1), None), "b": Survivors("b", "joint", (2,), null_score("b"))},
+        most={"a": Survivors("a", "scaling", (0, 1), None), "b": Survivors("b", "scaling", (2,), null_score("b"))},
         named=[3],
         changed=[4],
         labels=labels,
@@ -151,7 +151,7 @@ def tiny_text(*, contexts: int, length: int) -> AnalysisSet:
 def null_score(side: str) -> CalibratedScore:
     """A cut-off that was tested, with a partner of a hostile name."""
     found = Found(HOSTILE[0], 20, 3, 0.1, 0.03, 0.2)
-    cut = Cut("joint", side, 0.5, 0.002, (1, 2, 3), 60, 0, True)
+    cut = Cut("scaling", side, 0.5, 0.002, (1, 2, 3), 60, 0, True)
     tested = NullTest((4, 5), share_of([0, 1], [20, 20]))
     return CalibratedScore(cut, tested, found, (found,), found, (found,), (1,) * 50, (2,) * 50)
 
@@ -159,7 +159,7 @@ def null_score(side: str) -> CalibratedScore:
 def null_controls() -> PairControls:
     """Controls whose every name is hostile."""
     result = ControlResult(HOSTILE[1], "null", HOSTILE[2], 1, 20, 18, 100, 0.9, 4.0, 0.1, False)
-    stable = Stability(HOSTILE[3], 18, 0.9, 0.5, 0.8, 0.5, None, None, {"joint/b": 3}, {"joint/b": 1})
+    stable = Stability(HOSTILE[3], 18, 0.9, 0.5, 0.8, 0.5, None, None, {"scaling/b": 3}, {"scaling/b": 1})
     scores = (null_score("a"), null_score("b"))
     seeds = ((1, 2, 3), (4, 5))
     return PairControls(

@@ -1,7 +1,9 @@
 """The latents that survive: beyond the cut-offs that null crosscoders set, or, without controls, the most extreme ones.
 
-A latent survives for a side where its joint specificity lies beyond the side's calibrated cut-off, or its norm where
-scaling has no meaning for the pair. Whoever reads a list of latents is told which of the two it is.
+A latent survives for a side where its specificity by latent scaling lies beyond the side's calibrated cut-off, or by
+norm where scaling has no meaning for the pair. Whoever reads a list of latents is told which of the two it is. Norms
+have no say where there is scaling: in null pairs latents that hold noise have more extreme norms than any latent of a
+real fine-tune, so that a cut-off on norms finds nothing, or what chance finds.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class Survivors:
 
 def survivors(found: Specificity, controls: PairControls | None, *, num_shown: int = NUM_SHOWN) -> dict[str, Survivors]:
     """Of each side: all latents beyond its cut-off, or the most extreme `num_shown` where nothing was calibrated."""
-    score = "joint" if "joint" in found.names else "norm"
+    score = "scaling" if "scaling" in found.names else "norm"
     by_side: dict[str, Survivors] = {}
     for side in SIDES:
         calibrated = None if controls is None else controls.score(score, side)

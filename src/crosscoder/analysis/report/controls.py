@@ -39,7 +39,7 @@ def controls(data: ReportData) -> str:
     found = data.controls
     if found is None or not found.calibrated:
         return section("Controls", f"<p>{plain(NO_CONTROL)}</p>", identity="controls")
-    plots = "".join(_figure(score) for score in found.scores if score.cut.score == "joint") or "".join(
+    plots = "".join(_figure(score) for score in found.scores if score.cut.score == "scaling") or "".join(
         _figure(score) for score in found.scores if score.cut.score == "norm"
     )
     parts = [_cuts(found), f'<div class="figures">{plots}</div>', _runs(found), _stability(found), _notes(found)]
@@ -157,7 +157,7 @@ def _stability(found: PairControls) -> str:
 
 
 def _stability_row(each: Stability) -> list[str]:
-    again = [f"{each.beyond_again.get(key, 0)} of {each.beyond.get(key, 0)}" for key in ("joint/b", "joint/a")]
+    again = [f"{each.beyond_again.get(key, 0)} of {each.beyond.get(key, 0)}" for key in ("scaling/b", "scaling/a")]
     activation = each.share_by_activation
     return [
         plain(each.run),

@@ -12,7 +12,7 @@ _READ = (
     "Each line is the largest value in one context; the outlined token has it. Promoted tokens are a logit lens: what "
     "the decoder row says through the final norm and head, later layers skipped."
 )
-_SCORES = {"joint": "specificity by norm and by scaling together", "norm": "specificity by norm"}
+_SCORES = {"scaling": "specificity by latent scaling", "norm": "specificity by norm"}
 
 
 def named(data: ReportData) -> str:
