@@ -49,9 +49,10 @@ Before these cells: some twenty tunings, to find learning rates, lists that a sh
 forty, six places) and how often to look whether a plant has taken; one cell of `topic` and one of `preferred` at the
 size of `--quick`, seed 0, whose scores were seen in part: ten latents did not stop the behaviour, a replaced site did.
 Sizes of dictionaries were set by the time that there was; no setting was chosen by recall. Three null cells showed that
-exclusive latents which share one budget with all others die, and that the dedicated wiring needs a k for each model. Refusals preferred to
-answers by DPO were tried and left: in sixty steps none came, since `plain` never refuses. `demur` prefers among replies
-that `plain` has; at a learning rate of 3e-4 DPO broke the model, at 5e-5 it is stopped once the plant has taken."""
+exclusive latents which share one budget with all others die, so that the dedicated wiring has a k for each model.
+Refusals preferred to answers by DPO were tried and left: in sixty steps none came, since `plain` never refuses. `demur`
+prefers among replies that `plain` has; at a learning rate of 3e-4 DPO broke the model, at 5e-5 it is stopped once the
+plant has taken."""
 
 
 def write(cells: Sequence[Cell], facts: Mapping[str, Any], out: Path) -> str:
