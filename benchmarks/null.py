@@ -363,7 +363,13 @@ def _directions(found: PairControls) -> Iterator[str]:
 
 
 def _listed(tokens: tuple[str, ...]) -> str:
-    return " ".join("`" + token.replace("|", "\\|").replace("\n", "⏎").replace("`", "'") + "`" for token in tokens[:8])
+    return " ".join(f"`{_written(token)}`" for token in tokens[:8])
+
+
+def _written(token: str) -> str:
+    """A token as it can stand in a table: control characters by their number."""
+    plain = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in token)
+    return plain.replace("|", "\\|").replace("`", "'")
 
 
 if __name__ == "__main__":
