@@ -48,9 +48,8 @@ AUROC = 0.9
 TARGET = 0.01
 """The upper 95 % bound of the false-exclusive share on unseen seeds."""
 LEANING = (
-    "The noise of a structureless null is b's alone, and latents that hold it are rightly exclusive to b: cuts of side "
-    "b are strict, those of side a are not. Counts of side a are to be read beside the partner's, or with the pair "
-    "turned round (--a chat --b base)."
+    "The noise of a structureless null is its made-up side's alone, and latents that hold it are rightly exclusive: "
+    "cuts on norms are strict. Both sides of the pair are judged by the made-up side."
 )
 QUICK = (
     "train.num_tokens=20480",

@@ -120,10 +120,11 @@ def test_null_seeds_are_halved_into_calibration_and_test(everything: tuple[Path,
 
     for score in found.scores:
         column = f"{score.cut.score}/{score.cut.side}"
-        pooled = torch.cat([scores(path / "controls" / f"null-base--chat-{n}", column) for n in (1, 2)])
+        made_up = f"{score.cut.score}/b"  # what is made up of a null pair is b: either side is judged by it
+        pooled = torch.cat([scores(path / "controls" / f"null-base--chat-{n}", made_up) for n in (1, 2)])
         assert score.cut.num_latents == len(pooled)
         assert score.cut.value == float(pooled.max()) and not score.cut.assured  # some 90 latents are too few
-        unseen = scores(path / "controls" / "null-base--chat-3", column)
+        unseen = scores(path / "controls" / "null-base--chat-3", made_up)
         assert score.test is not None and score.test.false_share.num_latents == len(unseen)
         assert score.test.false_share.num_found == int((unseen > score.cut.value).sum())
         assert score.test.false_share.upper_by_seeds is None

@@ -2,6 +2,10 @@
 
 Null seeds are halved in order: the first half (the larger, for an odd number) calibrates, the second tests. A single
 seed calibrates, and nothing tests it, which the notes say.
+
+A null pair leans: what is made up is b, which has noise that a lacks, and latents that hold it are b's alone. A null
+made up at a would be its mirror image. So either side of the real pair is judged by the made-up side of the nulls;
+their other side, at which nothing can be exclusive, would make for cut-offs that anything passes.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ from crosscoder.analysis.specificity import SIDES, Specificity
 from crosscoder.analysis.stability import SeedStability, seed_stability
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.training.directory import RunDirectory
+
+MADE_UP = "b"
+"""The side of a null pair that is made up from the other."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,8 @@ def _scores(run: OpenedRun, found: _Measured) -> Iterator[CalibratedScore]:
     calibrating, testing = found.halves
     for name in found.run.names:
         for side in SIDES:
-            cut = calibrate(_of(calibrating, name, side), score=name, side=side)
-            test = check_cut(cut, _of(testing, name, side))
+            cut = calibrate(_of(calibrating, name, MADE_UP), score=name, side=side)
+            test = check_cut(cut, _of(testing, name, MADE_UP))
             counts = {
                 kind: tuple(
                     found_beyond(cut, test, each.score(name, side), run=control)
@@ -103,7 +110,7 @@ def _scores(run: OpenedRun, found: _Measured) -> Iterator[CalibratedScore]:
                 partners=counts["partner"],
                 identical=next(iter(counts["identical"]), None),
                 repeats=counts["repeat"],
-                null_histogram=histogram([each.score(name, side) for each in found.nulls.values()]),
+                null_histogram=histogram([each.score(name, MADE_UP) for each in found.nulls.values()]),
                 histogram=histogram([found.run.score(name, side)]),
             )
 

@@ -46,7 +46,8 @@ def controls(data: ReportData) -> str:
     note = (
         f"Null crosscoders were trained as this one was, on a made-up partner that differs from a by structureless "
         f"noise of the real difference's mean and covariance. Seeds {_listed(found.calibration_seeds)} set the "
-        f"cut-offs; seeds {_listed(found.test_seeds) or 'none'} tested them."
+        f"cut-offs; seeds {_listed(found.test_seeds) or 'none'} tested them. Either side of this pair is judged by the "
+        "made-up side of the nulls, which alone has something of its own: the noise."
     )
     return section("Controls", *parts, identity="controls", note=note)
 
