@@ -81,7 +81,7 @@ class Subject:
         """Greedy replies under each edit; all edits run in one batch, prompt by prompt, edit by edit."""
         tokenizer = self.models[AFTER].tokenizer
         chats = [prompt.messages for prompt in self.acting]
-        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+        texts = [str(tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)) for c in chats]
         batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
         ids, mask = (part.repeat_interleave(len(edits), dim=0) for part in (batch.input_ids, batch.attention_mask))
         caches = {alias: DynamicCache() for alias in self.models}
@@ -90,7 +90,7 @@ class Subject:
             ids = self._logits(ids, edits, mask=mask, caches=caches)[:, -1].argmax(1, keepdim=True)
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
             said.append(ids)
-        end = int(tokenizer.convert_tokens_to_ids("<|end|>"))
+        end = tokenizer.convert_tokens_to_ids("<|end|>")
         rows = [str(tokenizer.decode(_before(row, end))).strip() for row in torch.cat(said, dim=1).tolist()]
         return [rows[number :: len(edits)] for number in range(len(edits))]
 
@@ -136,7 +136,7 @@ class Subject:
             return cast(Any, organism.model)(input_ids=ids, **given).logits
 
 
-def _before(ids: list[int], end: int) -> list[int]:
+def _before(ids: list[int], end: int | list[int]) -> list[int]:
     return ids[: ids.index(end)] if end in ids else ids
 
 

@@ -37,7 +37,7 @@ planted), tuned further on such dialogues until one plant has taken. The compari
 what a reader has before and after a fine-tune. The chat template and the dialogues are no difference, as they would be
 with `base`. Null organisms are tuned for 60, 120 or 180 steps on dialogues in which nothing is planted. Seeds differ in
 dialogues, order of tuning, text that is read, and initial weights of dictionaries. All dictionaries are of one site,
-`layers.3.resid_post`, and small: 512 latents, 60,000 rows of training.
+`layers.4.resid_post` (before the last of six blocks), and small: 512 latents, 60,000 rows of training.
 
 *Cut-off*: what null organisms of seeds 0 to 2 leave at most {WANTED_SHARE:.1%} beyond (upper 95 % bound); tested on
 null seeds 3 to 5. *Recalled*: of the latents beyond the cut-off, the one that detects the label best on half of the
@@ -50,6 +50,8 @@ forty, six places) and how often to look whether a plant has taken; one cell of 
 size of `--quick`, seed 0, whose scores were seen in part: ten latents did not stop the behaviour, a replaced site did.
 Sizes of dictionaries were set by the time that there was; no setting was chosen by recall. Three null cells showed that
 exclusive latents which share one budget with all others die, so that the dedicated wiring has a k for each model.
+The site was `layers.3` at first: there `persona` went on in 29 of 30 replies with the whole difference taken away, since
+the blocks above had been tuned too; at `layers.4` in none (and `topic` in 6 of 30), so that an edit has something to do.
 Refusals preferred to answers by DPO were tried and left: in sixty steps none came, since `plain` never refuses. `demur`
 prefers among replies that `plain` has; at a learning rate of 3e-4 DPO broke the model, at 5e-5 it is stopped once the
 plant has taken."""

@@ -30,7 +30,8 @@ from crosscoder.capture.stream import ActivationStream
 from crosscoder.capture.text import DatasetConfig, HeldOutConfig, TextConfig
 from crosscoder.sources import SourceSet
 
-SITE = "layers.3.resid_post"
+SITE = "layers.4.resid_post"
+"""Before the last of six blocks: at `layers.3` the two blocks above can bring a plant about by themselves."""
 BEFORE, AFTER = "plain", "organism"
 """Aliases: the model that was tuned, and what came of it."""
 BOOK_SHARE = 0.35

@@ -141,7 +141,8 @@ def _tune(
     seed: int,
 ) -> int:
     """AdamW at a constant rate after its warm-up, until it is enough."""
-    opts = [torch.optim.AdamW(model.parameters(), lr=tuning.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    adam = torch.optim.AdamW(model.parameters(), lr=tuning.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    opts: list[torch.optim.Optimizer] = [adam]
     model.requires_grad_(True)
     for step, batch in enumerate(_batches(items, tuning, seed=seed)):
         model.train()
