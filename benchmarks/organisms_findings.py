@@ -17,7 +17,7 @@ from organisms_methods import READINGS
 from torch import Tensor
 from verdicts import Interval, interval
 
-from crosscoder.analysis.calibrated import Cut, NullTest, calibrate, check_cut
+from crosscoder.analysis.shares import Share, most_allowed, share_of
 from crosscoder.synthetic.curves import wilson
 
 CALIBRATION_SEEDS = (0, 1, 2)
@@ -27,17 +27,24 @@ DETECTS = 0.9
 TOP = 10
 DIRECTION = "mean difference"
 METHODS = (*READINGS, DIRECTION)
-SIDE = "b"
 Cell = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A method's cut-off and its test; for the direction the cut-off is on its length, and a null seed counts once."""
+    """A method's cut-off, and what of unseen null organisms lies beyond it; `test` is None where there are none.
+
+    `assured`: the upper 95 % bound on the share of null latents beyond is within `WANTED_SHARE`. For the direction the
+    cut-off is on its length, and a null seed counts once.
+    """
 
     method: str
-    cut: Cut
-    test: NullTest | None
+    value: float
+    seeds: tuple[int, ...]
+    num_latents: int
+    assured: bool
+    test_seeds: tuple[int, ...]
+    test: Share | None
 
 
 @dataclass(frozen=True)
@@ -71,10 +78,20 @@ def calibrations(cells: Iterable[Cell]) -> dict[str, Calibration]:
         by_seed = {seed: null_scores(cell, method) for seed, cell in sorted(nulls.items())}
         calibrating = {seed: values for seed, values in by_seed.items() if seed in CALIBRATION_SEEDS}
         if any(bool(values.isfinite().any()) for values in calibrating.values()):
-            cut = calibrate(calibrating, score=method, side=SIDE, wanted_share=WANTED_SHARE)
             unseen = {seed: values for seed, values in by_seed.items() if seed in TEST_SEEDS}
-            found[method] = Calibration(method, cut, check_cut(cut, unseen))
+            found[method] = calibrate(method, calibrating, unseen)
     return found
+
+
+def calibrate(method: str, calibrating: Mapping[int, Tensor], unseen: Mapping[int, Tensor]) -> Calibration:
+    """The smallest null score beyond which few enough lie, as `crosscoder.analysis.calibrated` has it; and its test."""
+    pooled = torch.cat([values[values.isfinite()] for values in calibrating.values()]).sort(descending=True).values
+    allowed = most_allowed(len(pooled), WANTED_SHARE)
+    value = float(pooled[allowed or 0])
+    beyond = [int((values > value).sum()) for values in unseen.values()]
+    totals = [int(values.isfinite().sum()) for values in unseen.values()]
+    test = share_of(beyond, totals) if sum(totals) else None
+    return Calibration(method, value, tuple(calibrating), len(pooled), allowed is not None, tuple(unseen), test)
 
 
 def null_scores(cell: Cell, method: str) -> Tensor:
@@ -99,7 +116,7 @@ def recalls(cells: Iterable[Cell], calibrated: Mapping[str, Calibration]) -> lis
 def recall(cell: Cell, label: str, calibration: Calibration) -> Recall:
     """One label of one cell by one method."""
     method, scores = calibration.method, null_scores(cell, calibration.method)
-    called = calibration.cut.beyond(scores)
+    called = scores > calibration.value
     if method == DIRECTION:
         auroc = float(cell[DIRECTION]["detections"][label]["scoring"])
         aurocs = (auroc if bool(called) else 0.5, auroc, auroc)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from statistics import mean
@@ -27,7 +28,6 @@ from organisms_findings import (
 from organisms_methods import READINGS
 from verdicts import Interval
 
-from crosscoder.analysis.shares import Share
 from crosscoder.training.json_numbers import json_text
 
 EDITS = ("whole difference", *METHODS, "random latents", "best latents by labels")
@@ -50,8 +50,9 @@ forty, six places) and how often to look whether a plant has taken; one cell of 
 size of `--quick`, seed 0, whose scores were seen in part: ten latents did not stop the behaviour, a replaced site did.
 Sizes of dictionaries were set by the time that there was; no setting was chosen by recall. Three null cells showed that
 exclusive latents which share one budget with all others die, so that the dedicated wiring has a k for each model.
-The site was `layers.3` at first: there `persona` went on in 29 of 30 replies with the whole difference taken away, since
-the blocks above had been tuned too; at `layers.4` in none (and `topic` in 6 of 30), so that an edit has something to do.
+The site was `layers.3` at first, and one cell of `persona` was read there: with the whole difference taken away 29 of
+30 replies still named the persona, since the blocks above had been tuned too. At `layers.4` none of 30 did (and 6 of 30
+turned to `topic`), so that there an edit can do something; all cells were made anew.
 Refusals preferred to answers by DPO were tried and left: in sixty steps none came, since `plain` never refuses. `demur`
 prefers among replies that `plain` has; at a learning rate of 3e-4 DPO broke the model, at 5e-5 it is stopped once the
 plant has taken."""
@@ -72,7 +73,7 @@ def write(cells: Sequence[Cell], facts: Mapping[str, Any], out: Path) -> str:
         "format": "crosscoder.organisms/1",
         "about": facts,
         "gates": {f"{cell['organism']}--{cell['seed']}": cell["gate"] for cell in cells},
-        "cuts": {method: _cut_json(one) for method, one in calibrated.items()},
+        "cuts": {method: asdict(one) for method, one in calibrated.items()},
         "recalls": [{**vars(one), "found": one.found} for one in found],
         "effects": {f"{cell['organism']}--{cell['seed']}": cell["effects"] for cell in cells if cell["effects"]},
     }
@@ -99,10 +100,52 @@ def lines(
     if facts["missing"]:
         yield f"**Not finished: {len(facts['missing'])} cells are missing: {', '.join(facts['missing'])}.**\n"
     yield from (NOTES, "", "**What was looked at before.** " + LOOKED, "")
+    yield from ("## In short", "", *summary_lines(cells, calibrated, found=found, changed=changed), "")
     yield from ("## Do the plants take?", "", *gate_lines(cells), "", "## How good are the dictionaries?", "")
     yield from (*quality_lines(cells), "", "## What null organisms allow", "", *null_lines(calibrated))
     yield from ("", "## Recall of plants", "", *method_lines(found), "", *label_lines(found))
     yield from ("", "## What taking latents out does", "", *drop_lines(cells, changed), "", *effect_lines(changed), "")
+
+
+def summary_lines(
+    cells: Sequence[Cell],
+    calibrated: Mapping[str, Calibration],
+    *,
+    found: Sequence[Recall],
+    changed: Sequence[Effect],
+) -> Iterator[str]:
+    """What the tables below say, in sentences that follow from their numbers alone."""
+    failed = [f"{c['organism']}, seed {c['seed']}" for c in cells if c["plant"] and not _took(c)]
+    planted = sum(cell["plant"] is not None for cell in cells)
+    yield f"- {planted - len(failed)} of {planted} plants took" + (f"; not {'; '.join(failed)}." if failed else ".")
+    ranked = sorted(
+        {one.method for one in found}, key=lambda method: -sum(o.found for o in found if o.method == method)
+    )
+    shares = [(method, *share([one for one in found if one.method == method])) for method in ranked]
+    listed = ", ".join(f"{method} {hits}" for method, hits, *_ in shares)
+    if shares:
+        held = sum(one.at_best >= DETECTS for one in found if one.method == "norm")
+        yield f"- Labels recalled at the cut-off, of {shares[0][2]}: {listed}."
+        yield f"- Some latent of the plain dictionary, whatever its score, detects {held} of them."
+    for method, one in calibrated.items():
+        if one.test is not None and one.test.upper > 0.01 and method in READINGS:
+            false = one.test
+            yield (
+                f"- The cut-off of *{method}* is not shown to hold: beyond it lie {false.share:.2%} of unseen null "
+                f"latents, up to {false.upper:.1%}."
+            )
+    drops = {edit: mean_drops(cells, edit) for edit in EDITS if any(one.edit == edit for one in changed)}
+    if drops:
+        best = max((edit for edit in drops if edit in READINGS), key=lambda edit: drops[edit].mean)
+        yield (
+            "- Points by which behaviours drop: "
+            + ", ".join(f"{edit} {_points(drops[edit])}" for edit in drops if edit in (best, *EDITS[:1], *EDITS[-2:]))
+            + f". Of the methods *{best}* reaches most; {TOP} latents each."
+        )
+
+
+def _took(cell: Cell) -> bool:
+    return all(gate["took"] for gate in cell["gate"]["plants"].values())
 
 
 def gate_lines(cells: Sequence[Cell]) -> Iterator[str]:
@@ -139,14 +182,14 @@ def null_lines(calibrated: Mapping[str, Calibration]) -> Iterator[str]:
     yield "| method | cut-off | null latents | bound held | seeds tested | false-exclusive [95 %] | of latents |"
     yield "|---|---|---|---|---|---|---|"
     for method, one in calibrated.items():
-        cut, held = one.cut, "yes" if one.cut.assured else "no"
-        row = f"| {method} | {cut.value:.3f} | {cut.num_latents} | {held} | "
+        held = "yes" if one.assured else "no"
+        row = f"| {method} | {one.value:.3f} | {one.num_latents} | {held} | "
         if one.test is None:
             yield row + "none yet | – | – |"
             continue
-        false = one.test.false_share
-        seeds = ", ".join(map(str, one.test.seeds))
-        yield row + f"{seeds} | {false.share:.2%} [up to {false.upper:.2%}] | {_total(false)} |"
+        false = one.test
+        seeds = ", ".join(map(str, one.test_seeds))
+        yield row + f"{seeds} | {false.share:.2%} [up to {false.upper:.2%}] | {false.num_latents} |"
 
 
 def method_lines(found: Sequence[Recall]) -> Iterator[str]:
@@ -236,11 +279,6 @@ def dots(rows: Mapping[str, Interval], *, title: str) -> str:
     return f'{head}<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
 
 
-def _cut_json(one: Calibration) -> dict[str, Any]:
-    test = None if one.test is None else {"seeds": one.test.seeds, "share": vars(one.test.false_share)}
-    return {"cut": vars(one.cut), "test": test}
-
-
 def _rates(gates: Sequence[Mapping[str, Any]], key: str) -> str:
     return f"{mean(gate[key] for gate in gates):.0%}" if gates else "–"
 
@@ -265,7 +303,3 @@ def _points(value: Interval) -> str:
 
 def _number(value: Interval) -> str:
     return f"{value.mean:.2f}" + (f" [{value.low:.2f}, {value.high:.2f}]" if value.low == value.low else "")
-
-
-def _total(false: Share) -> str:
-    return str(false.num_latents)

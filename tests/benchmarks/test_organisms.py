@@ -169,12 +169,13 @@ def test_cut_offs_come_from_some_null_seeds_and_are_tested_on_others(
 ) -> None:
     found = modules["findings"].calibrations(cells)
     norm = found["norm"]
-    assert norm.cut.seeds == (0, 1, 2) and norm.cut.num_latents == 2100
-    assert 0.59 < norm.cut.value <= 0.6 and norm.cut.assured
-    assert norm.test.seeds == (3, 4, 5) and norm.test.false_share.num_latents == 2100
+    assert norm.seeds == (0, 1, 2) and norm.num_latents == 2100
+    assert 0.59 < norm.value < 0.6 and norm.assured
+    assert norm.test_seeds == (3, 4, 5) and norm.test.num_latents == 2100
+    assert norm.test.num_found == sum(value > norm.value for value in np.linspace(0.3, 0.6, 700)) * 3 > 0
     direction = found["mean difference"]
-    assert direction.cut.value == pytest.approx(0.3) and not direction.cut.assured
-    assert direction.test.false_share.share == 1.0
+    assert direction.value == pytest.approx(0.3) and not direction.assured
+    assert direction.test.share == 1.0
 
 
 def test_recall_takes_called_latents_that_choose_on_one_half_and_hold_on_the_other(
