@@ -13,6 +13,7 @@ from crosscoder.capture.models import StudiedModel
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import EditError, EmptySelection, NotCalibrated, SourceMismatch, UnknownLatent
 from crosscoder.nonlinearities import BatchTopK, JumpReLU, ReLU, TopK
+from crosscoder.sources import SourceSet, difference
 from crosscoder.wiring import acausal, dedicated
 from interventions.worlds import (
     BASE,
@@ -354,6 +355,12 @@ def test_what_cannot_be_edited(pair: Pair) -> None:
     exclusive = random_crosscoder(dedicated(sources(BASE, CHAT), shared=8, exclusive={"base": 4, "chat": 4}))
     with pytest.raises(EditError, match="none of the edited latents writes"):
         edited_logits(exclusive, pair, [iv.ablate([9], sources=["chat"])], ids)
+    apart = SourceSet([difference(sources(CHAT)[CHAT], sources(BASE)[BASE])])
+    with pytest.raises(EditError, match="none of the edited latents writes"):
+        edited_logits(random_crosscoder(acausal(apart, num_latents=24)), pair, [iv.ablate([0])], ids)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(EditError, match="expected finite values"):
+            iv.add([0, 1], [1.0, value])
     fresh = Crosscoder(cc.wiring, BatchTopK(4)).double()
     with pytest.raises(NotCalibrated):
         edited_logits(fresh, pair, [iv.ablate([0])], ids)
@@ -375,6 +382,30 @@ def test_empty_selections_are_errors(pair: Pair) -> None:
         edited_logits(cc, pair, [iv.ablate([0])], ids[:1], prompts=prompts)
     with pytest.raises(EditError, match="expected roles among"):
         iv.Roles(("usher",))
+
+
+def test_prompts_are_those_that_run(pair: Pair) -> None:
+    """The same number of other texts is an error; longer texts that begin with the prompts are none."""
+    cc, ids = double(), token_ids()
+    prompts = prompts_of(ids[:, :5], torch.ones_like(ids[:, :5]))
+    edited_logits(cc, pair, [iv.ablate([0])], ids, prompts=prompts)
+    other = ids.clone()
+    other[1, 2] += 1
+    with pytest.raises(EditError, match="1 of 2 texts do not begin with the prompts"):
+        edited_logits(cc, pair, [iv.ablate([0])], other, prompts=prompts)
+
+
+def test_one_block_at_a_time(pair: Pair) -> None:
+    """Inside a block, another over the same models is refused; without edits, and afterwards, it is none."""
+    cc, ids = double(), token_ids()
+    with iv.editing(cc, pair, [iv.ablate([0])]):
+        for edits in ([iv.ablate([1])], [iv.ablate([1], sources=["base"])]):
+            with pytest.raises(EditError, match="inside another"), iv.editing(cc, pair, edits):
+                pass
+        with iv.editing(cc, pair, []):
+            pair["chat"].logits(ids)
+    with iv.editing(cc, pair, [iv.ablate([1])]):
+        pair["chat"].logits(ids)
 
 
 def test_texts_begin_inside_the_block(pair: Pair) -> None:

@@ -144,7 +144,20 @@ def test_a_latent_that_is_silent_or_cannot_write_has_no_effect_and_says_so(pair:
     assert found.kl_active[mask & fires[:, None]].isfinite().all()
     rows = found.table().to_pylist()
     assert len(rows) == 36 and rows[6]["latent"] == 3 and rows[6]["kl_active"] is None
+    assert all((row["rising"] == []) == (row["falling_change"] == []) == (row["kl_active"] is None) for row in rows)
     assert [row["source"] for row in rows[:2]] == [BASE, CHAT]
+
+
+def test_taking_nothing_away_is_exact(pair: Pair, text: AnalysisSet) -> None:
+    """A crosscoder narrower than the model's dtype: the activations are not rounded to it."""
+    cc = double().float()
+    with torch.no_grad():
+        for weights in cc.weights:
+            for decoder in weights.decoder:
+                decoder.zero_()
+    found = effects(cc, pair, text, latents=range(6), sources=["chat"], plan=PLAN)
+    active = found.num_active > 0
+    assert active.any() and bool((found.kl_active[active] == 0).all())
 
 
 def test_what_cannot_be_measured_is_refused(pair: Pair, text: AnalysisSet) -> None:

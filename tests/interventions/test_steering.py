@@ -16,6 +16,7 @@ from crosscoder.capture.text import Document
 from crosscoder.errors import (
     ConfigError,
     EditError,
+    EmptySelection,
     ModelMismatch,
     TextError,
     TokenizerMismatch,
@@ -27,6 +28,7 @@ from interventions.worlds import double, raw_decoder
 
 Pair = Mapping[str, StudiedModel]
 SITE = "layers.1.resid_post"
+NOTHING = iv.UnrelatedText(())
 ASKED = ["the old house stood", "a small brown dog ran over", "she said that", "how do I mend a clock, asked the child"]
 
 
@@ -140,7 +142,10 @@ def test_unrelated_text_has_no_speakers(text: AnalysisSet) -> None:
 
     assert (rows("texts"), rows("all")) == (3, 4)
     assert sum(len(batch.ids) for batch in iv.UnrelatedText.of(text, num_tokens=3).batches) == 1
+    kinds = [iv.UnrelatedText.of(text, which=which).kind for which in ("texts", "all")]
+    assert kinds == ["held-out text in which nobody speaks", "held-out text and dialogues"]
     talk = AnalysisSet.of([text.context(3)], vocabulary="toy")
+    assert iv.UnrelatedText.of(talk, which="all").kind == "held-out dialogues"
     with pytest.raises(TextError, match="nobody speaks"):
         iv.UnrelatedText.of(talk)
 
@@ -216,6 +221,50 @@ def test_suppression_of_the_toy(subject: iv.Subject, text: AnalysisSet) -> None:
     assert curve.untouched.share == 1 and curve.points[0].rate.share < 1
     direct = iv.side_effects(subject, unrelated, [iv.ablate(range(24))])
     assert curve.points[0].side_effects == direct
+
+
+@pytest.mark.usefixtures("cheap")
+def test_a_behaviour_that_is_not_there_rests_on_no_latents() -> None:
+    """At or below the target untouched: `few` would be wrong, and so would `not reached`."""
+    trial = rests_on([0])
+    absent = iv.SuppressionCurve(iv.Rate.of([False] * 20), iv.suppression_curve(trial, range(4), NOTHING).points)
+    found = iv.smallest_set(trial, absent, NOTHING, target=0.1)
+    assert found.suppressed is None and found.answer == "not there" and found.untouched == 0
+
+
+@pytest.mark.usefixtures("cheap")
+def test_sets_that_do_not_match_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    near, far = (iv.matched_sets(rests_on([3]), [range(50)], NOTHING, kl=kl)[0] for kl in (0.3, 9.0))
+    assert near.within and near.wanted_kl == 0.3 and near.side_effects.kl == pytest.approx(0.3)
+    assert not far.within and far.side_effects.kl == pytest.approx(0.5)
+    assert "1 of 1 random sets do not match a KL of 9" in caplog.text
+
+
+def test_replies_of_one_prompt_count_together() -> None:
+    """Ten prompts, half of them always: 10 independent draws, not 80; the bootstrap's error is √(p(1−p)/10)."""
+    shown = [prompt < 5 for prompt in range(10) for _ in range(8)]
+    rate = iv.Rate.over_prompts(shown, num_samples=8)
+    assert (rate.hits, rate.total, rate.interval) == (40, 80, "bootstrap over prompts")
+    assert rate.high - rate.low == pytest.approx(2 * 1.96 * (0.25 / 10) ** 0.5, rel=0.1)
+    assert iv.Rate.over_prompts(shown, num_samples=1) == iv.Rate.of(shown)
+    none = iv.Rate.over_prompts([False] * 80, num_samples=8)
+    assert none.low == 0 and none.high == iv.Rate.of([False] * 10).high and none.interval == "Wilson of 10 prompts"
+
+
+def test_selections_are_judged_over_all_batches(subject: iv.Subject) -> None:
+    """A role or position that one batch lacks is no error; one that all lack is; nor are replies that ended early."""
+    short, long = subject.prompt("the dog"), subject.prompt("she said that " * 4)
+    sampling = iv.Sampling(max_new_tokens=3, batch_size=1)
+    edit = iv.add([0], 1.0, tokens=iv.Positions((len(long) - 1,)))
+    assert len(subject.replies([short, long], [edit], sampling)) == 2
+    with pytest.raises(EmptySelection, match="met no token"):
+        subject.replies([short], [edit], sampling)
+    model = subject.model
+    with model.replace("layers.2.resid_post", lambda x, _: 100 * model.model.lm_head.weight[3].expand(x.shape)):
+        reply = iv.add([0], 1.0, tokens=iv.ReplyTokens())
+        assert subject.replies([short], [reply], sampling) == [""]
+        with pytest.raises(EmptySelection):
+            subject.replies([short], [reply], iv.Sampling(max_new_tokens=1))
 
 
 def test_behaviours() -> None:

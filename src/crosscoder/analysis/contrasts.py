@@ -167,15 +167,23 @@ def contrast(
 
 
 def held_out_contrast(
-    a: PromptValues, b: PromptValues, *, num_permutations: int = 1000, level: float = 0.05, seed: int = 0
+    a: PromptValues,
+    b: PromptValues,
+    *,
+    among: Int[Tensor, "some"] | None = None,
+    num_permutations: int = 1000,
+    level: float = 0.05,
+    seed: int = 0,
 ) -> HeldOutContrast:
-    """One half of the prompts of each set chooses latents (`q <= level`); the other half tests these alone.
+    """One half of the prompts of each set chooses latents (`q <= level`), of `among` where they are given.
+
+    The other half tests these alone.
 
     Raises TextError for fewer than eight prompts on a side.
     """
     first_a, first_b = (_half(c.maximum.num_rows, seed) for c in (a, b))
     run = partial(contrast, num_permutations=num_permutations, level=level, seed=seed)
-    choosing = run(a.of(first_a), b.of(first_b))
+    choosing = run(a.of(first_a), b.of(first_b), among=among)
     return HeldOutContrast(choosing, run(a.of(~first_a), b.of(~first_b), among=choosing.found))
 
 

@@ -218,10 +218,13 @@ def steer(
     raw: Annotated[bool, typer.Option("--raw", help="Prompts as they stand, without the chat template.")] = False,
     model: Annotated[str | None, typer.Option(help="Alias of the model that speaks; the text's by default.")] = None,
     doses: Annotated[
-        str,
-        typer.Option(help="With commas: multiples of each latent's largest value, ablate, scale=X, clamp=V, add=V."),
-    ] = "ablate,-1,0,0.5,1,2,4",
-    ablate: Annotated[bool, typer.Option("--ablate", help="Short for --doses 0,ablate: with and without.")] = False,
+        str | None,
+        typer.Option(
+            help="With commas: numbers (that multiple of each latent's largest value is added on every edited token), "
+            "ablate, scale=X, clamp=V, add=V (in the latent's units); ablate,-1,0,0.5,1,2,4 if left out."
+        ),
+    ] = None,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Short for --doses 0,ablate; not beside --doses.")] = False,
     tokens: Annotated[
         str,
         typer.Option(help="What is edited: all, prompt, reply, reply:N (its first), roles or positions with commas."),
@@ -231,15 +234,19 @@ def steer(
     regex: Annotated[str | None, typer.Option(help="Count replies in which this regular expression is found.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest reply.")] = 60,
     samples: Annotated[int, typer.Option(min=1, help="Replies a prompt, at temperature 1; one is greedy.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Where results go; by default steer/ in the run.")] = None,
+    out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let a model speak with some latents amplified or ablated, dose by dose, with the side effects on other text."""
+    """Let a model speak with some latents amplified or ablated, dose by dose, with the side effects on other text.
+
+    The untouched model (dose 0) always speaks too. Results go to steer/ in the run, or in --out. Rates against the
+    number of latents suppressed, and controls for them, are in Python: interventions.suppression_curve.
+    """
     with one_screen("Nothing was half-written; run the command again."):
         from crosscoder.cli import steer as body
 
         prompted = body.Prompted(tuple(prompt or ()), prompts, system, raw, max_new_tokens, samples)
-        asked = body.Doses(tuple(latent), "0,ablate" if ablate else doses, tokens, tuple(source or ()), model)
+        asked = body.Doses(tuple(latent), doses, ablate, tokens, tuple(source or ()), model)
         body.run(run, prompted, asked, sign=body.Sign(contains, regex), out=out, as_json=as_json)
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from crosscoder.analysis.prompt_facts import EncodedPrompts
     from crosscoder.analysis.prompt_text import Prompt, Rendering
     from crosscoder.analysis.prompts import PromptCode
+    from crosscoder.progress import Progress
 
 ENOUGH_FOR_HALVES = 16
 """Prompts on each side from which on a held-out half is looked at as well."""
@@ -49,9 +50,7 @@ def run(path: str, asked: Asked, *, out: Path | None, as_json: bool) -> None:
             "--out writes the page of prompts; a contrast has none.", hint="Take --json, or leave it out."
         )
     with terminal() as view:
-        from crosscoder.analysis.opened_run import open_run
-
-        found = _Found.of(open_run(path, out=path, progress=view), prompts, asked, name=name)
+        found = _Found.of(_opened(path, view), prompts, asked, name=name)
     if as_json:
         print_json(found.to_json(asked.top))
     else:
@@ -60,9 +59,7 @@ def run(path: str, asked: Asked, *, out: Path | None, as_json: bool) -> None:
 
 def _run_prompts(path: str, asked: Asked, prompts: list[Prompt], *, name: str, out: Path | None, as_json: bool) -> None:
     with terminal() as view:
-        from crosscoder.analysis.opened_run import open_run
-
-        encoded = _encoded(open_run(path, out=path, progress=view), prompts, asked, name=name)
+        encoded = _encoded(_opened(path, view), prompts, asked, name=name)
     if out is not None:
         _write_page(encoded, out, title=path)
     if as_json:
@@ -93,6 +90,13 @@ def _prompts(asked: Asked) -> tuple[list[Prompt], str]:
     return parse_prompts(text, name="standard input") if as_lines else [parse_prompt(whole)], "standard input"
 
 
+def _opened(path: str, progress: Progress) -> OpenedRun:
+    """The run, or crosscoder, at `path`; nothing is written beside a crosscoder that has no run directory."""
+    from crosscoder.analysis.opened_run import open_run
+
+    return open_run(path, out=path, progress=progress)
+
+
 def _code(run: OpenedRun, prompts: list[Prompt], asked: Asked, *, name: str) -> PromptCode:
     from crosscoder.analysis.prompts import encode_for_run
 
@@ -103,7 +107,7 @@ def _encoded(run: OpenedRun, prompts: list[Prompt], asked: Asked, *, name: str) 
     from crosscoder.analysis.prompt_facts import EncodedPrompts, check_latents, latent_facts
 
     check_latents(asked.latents, run.crosscoder)
-    statistics = run.out / STATISTICS
+    statistics = (run.out if run.home is None else run.home.path) / STATISTICS
     facts = latent_facts(run.crosscoder, statistics if statistics.is_file() else None)
     return EncodedPrompts(_code(run, prompts, asked, name=name), facts, asked.latents)
 
@@ -176,7 +180,7 @@ class _Found:
         values = a.code.per_prompt(), b.code.per_prompt()
         enough = min(a.code.num_prompts, b.code.num_prompts) >= ENOUGH_FOR_HALVES
         among = torch.tensor(asked.latents) if asked.latents else None
-        return cls(contrast(*values, among=among), held_out_contrast(*values) if enough else None, a, b)
+        return cls(contrast(*values, among=among), held_out_contrast(*values, among=among) if enough else None, a, b)
 
     def to_json(self, num: int) -> dict[str, Any]:
         """The contrast's JSON; each latent with what is known of it and where it fires."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from crosscoder.cli.reporting import print_json, print_table, terminal
+from crosscoder.cli.steering_options import as_doses, chosen_doses, parse_tokens
 from crosscoder.errors import ConfigError, TextError
 
 if TYPE_CHECKING:
@@ -16,11 +19,13 @@ if TYPE_CHECKING:
 
     from crosscoder.analysis.opened_run import OpenedRun
     from crosscoder.analysis.prompt_text import Prompt as Content
-    from crosscoder.interventions import Behaviour, Dose, Prompt, Steering, Subject, TokenSelection, UnrelatedText
+    from crosscoder.interventions import Behaviour, Prompt, Steering, Subject, Trial, UnrelatedText
 
 MOST_PRINTED = 5
 """Prompts of which the replies are printed; all are in completions.parquet."""
 UNRELATED_TOKENS = 3000
+STATISTICS = "latents.parquet"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Doses:
     """Which latents are edited, how, where, and on which tokens."""
 
     latents: tuple[int, ...]
-    doses: str
+    doses: str | None
+    ablate: bool
     tokens: str
     sources: tuple[str, ...]
     model: str | None
@@ -56,14 +62,17 @@ class Sign:
 
 def run(path: str, prompted: Prompted, asked: Doses, *, sign: Sign, out: Path | None, as_json: bool) -> None:
     """Steer, print the replies dose by dose, and write figures, tables and plots."""
-    contents = _contents(prompted)
-    behaviour = _behaviour(sign)
+    contents, behaviour = _contents(prompted), _behaviour(sign)
+    parsed, tokens = chosen_doses(asked.doses, ablate=asked.ablate), parse_tokens(asked.tokens)
     with terminal() as view:
         from crosscoder.analysis.opened_run import open_run
         from crosscoder.interventions import Sampling, Subject, Trial, steer
 
-        opened = open_run(path, out=path, progress=view)
-        doses = _doses(opened, asked)
+        opened = open_run(path, out=out, progress=view)
+        _refuse_made_up(opened)
+        largest = _largest(opened, asked.latents, needed=any(kind == "max" and value for kind, value in parsed))
+        sources = asked.sources or None
+        doses = as_doses(opened.crosscoder, parsed, largest, tokens=tokens, sources=sources)
         subject = Subject(opened.crosscoder, opened.models, _speaker(opened, asked), opened.config.text.drop)
         for dose in doses:
             subject.check(dose.edits)
@@ -72,86 +81,49 @@ def run(path: str, prompted: Prompted, asked: Doses, *, sign: Sign, out: Path | 
         sampling = Sampling(prompted.max_new_tokens, prompted.num_samples, temperature, opened.config.seed)
         trial = Trial(subject, tuple(prompts), behaviour, sampling)
         done = steer(trial, doses, unrelated=_unrelated(opened), progress=view)
-    name = "-".join(map(str, asked.latents[:4])) + ("-and-more" if len(asked.latents) > 4 else "")
-    place = out or Path(path) / "steer" / f"{subject.speaker}-{name}"
-    _write(done, place, asked)
-    _tell(done, place, asked, as_json=as_json)
+        told = _Told(done, _request(opened, trial, asked, done), largest)
+    place = opened.out / "steer" / told.name
+    told.write(place)
+    if as_json:
+        print_json({"path": str(place), **told.summary()})
+    else:
+        told.print(place)
 
 
-def parse_doses(text: str) -> list[tuple[str, float | None]]:
-    """`ablate,scale=2,clamp=1,add=.5,0,1` as pairs of a kind and a value; a bare number is of kind `max`."""
-    found: list[tuple[str, float | None]] = []
-    for part in (part.strip() for part in text.split(",") if part.strip()):
-        kind, equals, value = part.partition("=")
-        if part == "ablate":
-            found.append(("ablate", None))
-        elif equals and kind in ("scale", "clamp", "add"):
-            found.append((kind, _number(value, part)))
-        else:
-            found.append(("max", _number(part, part)))
-    if not found:
-        raise ConfigError("expected doses; got none.", hint=_DOSES)
-    return found
+def _refuse_made_up(opened: OpenedRun) -> None:
+    if opened.made_up:
+        raise ConfigError(
+            "no model has what edits of a null pair would change: the activations of one of its sources are made up.",
+            hint="Steer in the run that it is the control of.",
+        )
 
 
-def parse_tokens(text: str) -> TokenSelection:
-    """`all`, `prompt`, `reply`, `reply:5` (its first tokens), positions as `3,4`, or roles as `user,assistant`."""
-    from crosscoder.interventions import AllTokens, Positions, PromptTokens, ReplyTokens, Roles
-
-    parts = tuple(part.strip() for part in text.split(",") if part.strip())
-    head, colon, first = text.partition(":")
-    if parts and all(part.isdigit() for part in parts):
-        return Positions(tuple(int(part) for part in parts))
-    if head == "reply" and colon:
-        return ReplyTokens(first=int(_number(first, text)))
-    plain = {"all": AllTokens(), "prompt": PromptTokens(), "reply": ReplyTokens()}
-    return plain[text] if text in plain else Roles(parts)
-
-
-_DOSES = "Write for example --doses ablate,0,1,2,4 (multiples of the largest value), or scale=2, clamp=1.5, add=0.3."
-
-
-def _number(text: str, whole: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ConfigError(f"expected a dose or a number; got {whole!r}.", hint=_DOSES) from error
-
-
-def _doses(opened: OpenedRun, asked: Doses) -> list[Dose]:
-    from crosscoder.interventions import Dose, ablate, add, clamp, scale
+def _largest(opened: OpenedRun, latents: Sequence[int], *, needed: bool) -> dict[int, float]:
+    """Every latent's largest value on the analysis set; NaN where doses do not need it."""
+    from crosscoder.analysis.tables import read_table
     from crosscoder.interventions.edits import check_latents
 
-    check_latents(opened.crosscoder, asked.latents)
-    parsed, latents = parse_doses(asked.doses), asked.latents
-    where: Any = {"tokens": parse_tokens(asked.tokens), "sources": asked.sources or None}
-    largest = _largest(opened, latents) if any(kind == "max" and value for kind, value in parsed) else ()
-    found: list[Dose] = []
-    for kind, value in parsed:
-        if kind == "ablate" or value is None:
-            found.append(Dose("ablate", (ablate(latents, **where),)))
-        elif kind == "max":
-            edits = (add(latents, [value * most for most in largest], **where),) if value else ()
-            found.append(Dose(f"{value:+g}" if value else "0", edits, value))
-        else:
-            make = {"scale": scale, "clamp": clamp, "add": add}[kind]
-            found.append(Dose(f"{kind} {value:g}", (make(latents, value, **where),)))
-    return found
-
-
-def _largest(opened: OpenedRun, latents: Sequence[int]) -> list[float]:
-    """The largest values of the latents on the analysis set."""
-    from crosscoder.analysis.tables import read_table
-
-    path = opened.out / "latents.parquet"
-    if not path.is_file():
+    check_latents(opened.crosscoder, latents)
+    if len(set(latents)) < len(latents):
+        raise ConfigError(f"expected every latent once; got {', '.join(map(str, latents))}.")
+    if not needed:
+        return dict.fromkeys(latents, float("nan"))
+    homes = [opened.out, *([] if opened.home is None else [opened.home.path])]
+    path = next((home / STATISTICS for home in homes if (home / STATISTICS).is_file()), None)
+    if path is None:
         raise ConfigError(
-            f"doses in multiples of the largest value need {path}; it is not there.",
+            f"doses in multiples of the largest value need {opened.out / STATISTICS}; it is not there.",
             hint="Run `crosscoder evaluate` first, or give values: --doses ablate,add=0.5,scale=2.",
         )
     columns = read_table(path, thing="latents", latents=latents).to_pydict()
     values = dict(zip(columns["latent"], columns["max_value"], strict=True))
-    return [values[latent] for latent in latents]
+    silent = [str(latent) for latent in latents if not values[latent]]
+    if silent:
+        raise ConfigError(
+            f"latents that are never active on the analysis set have no largest value: {', '.join(silent)}.",
+            hint="Leave them out, or give values in their own units: --doses add=0.5.",
+        )
+    return {latent: values[latent] for latent in latents}
 
 
 def _speaker(opened: OpenedRun, asked: Doses) -> str:
@@ -210,50 +182,105 @@ def _unrelated(opened: OpenedRun) -> UnrelatedText:
     try:
         return UnrelatedText.of(opened.text, num_tokens=UNRELATED_TOKENS)
     except TextError:
+        _log.warning("nobody is silent in the held-out text: side effects are measured on its dialogues.")
         return UnrelatedText.of(opened.text, num_tokens=UNRELATED_TOKENS, which="all")
 
 
-def _write(done: Steering, place: Path, asked: Doses) -> None:
-    from crosscoder import files
-    from crosscoder.analysis.steering_plots import dose_response
-    from crosscoder.analysis.tables import write_table
+def _request(opened: OpenedRun, trial: Trial, asked: Doses, done: Steering) -> dict[str, Any]:
+    """Everything that the result depends on."""
+    return {
+        "prompts": list(done.prompts),
+        "latents": list(asked.latents),
+        "doses": [dose["dose"] for dose in done.to_json()["doses"]],
+        "tokens": asked.tokens,
+        "sources": list(asked.sources) or None,
+        "speaker": done.speaker,
+        "behaviour": done.behaviour,
+        "sampling": asdict(trial.sampling),
+        "side_effects": {"text": done.measured_on, "num_tokens": UNRELATED_TOKENS, "edited": "every token"},
+        "fingerprint": opened.fingerprint,
+        "models": {alias: model.identity["weights"] for alias, model in trial.subject.models.items()},
+    }
 
-    for name, svg in dose_response(done).items():
-        with files.replacing(place / f"{name}.svg") as draft:
-            draft.write_text(svg + "\n", encoding="utf-8")
-    write_table(place / "table.parquet", done.table(), thing="steering")
-    write_table(place / "completions.parquet", done.completions(), thing="completions")
-    files.write_json(place / "summary.json", _summary(done, asked))
 
+@dataclass(frozen=True)
+class _Told:
+    """What came of the doses, what was asked for, and the latents with their largest values."""
 
-def _summary(done: Steering, asked: Doses) -> dict[str, Any]:
-    return {"format": "crosscoder.steering/1", "latents": list(asked.latents), **done.to_json()}
+    done: Steering
+    request: dict[str, Any]
+    largest: dict[int, float]
 
+    @property
+    def name(self) -> str:
+        """Of the directory: who speaks, the first latents, and a hash of the whole request."""
+        from xxhash import xxh3_64
 
-def _tell(done: Steering, place: Path, asked: Doses, *, as_json: bool) -> None:
-    if as_json:
-        print_json({"path": str(place), **_summary(done, asked)})
-        return
-    for number, prompt in enumerate(done.prompts[:MOST_PRINTED]):
-        typer.echo(f"{'' if number == 0 else chr(10)}{_safe(prompt)}")
+        latents = "-".join(map(str, list(self.largest)[:4])) + ("-and-more" if len(self.largest) > 4 else "")
+        digest = xxh3_64(json.dumps(self.request, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.done.speaker}-{latents}-{digest}"
+
+    def summary(self) -> dict[str, Any]:
+        """The request and all figures."""
+        return {
+            "format": "crosscoder.steering/1",
+            "latents": list(self.largest),
+            "request": self.request,
+            **self.done.to_json(),
+        }
+
+    def write(self, place: Path) -> None:
+        """Figures, tables and plots."""
+        from crosscoder import files
+        from crosscoder.analysis.steering_plots import dose_response
+        from crosscoder.analysis.tables import write_table
+
+        for name, svg in dose_response(self.done).items():
+            with files.replacing(place / f"{name}.svg") as draft:
+                draft.write_text(svg + "\n", encoding="utf-8")
+        write_table(place / "table.parquet", self.done.table(), thing="steering")
+        write_table(place / "completions.parquet", self.done.completions(), thing="completions")
+        files.write_json(place / "summary.json", self.summary())
+
+    def print(self, place: Path) -> None:
+        """What was done, the replies of the first prompts, and the figures."""
+        self._print_head()
+        done = self.done
+        for number, prompt in enumerate(done.prompts[:MOST_PRINTED]):
+            typer.echo(f"\n{_safe(prompt)}")
+            for result in done.results:
+                for reply in result.replies[number * done.num_samples : (number + 1) * done.num_samples]:
+                    typer.echo(f"  {result.dose.name.rjust(9)}  {_safe(reply)}")
+        typer.echo()
+        self._print_figures()
+        typer.echo(f"\nThe files are in {place}.")
+
+    def _print_head(self) -> None:
+        others = [alias for alias in self.request["models"] if alias != self.done.speaker]
+        beside = f"; {', '.join(others)} clean beside it" if others else ""
+        typer.echo(f"{self.done.speaker} speaks{beside}. Edited tokens: {self.request['tokens']}. Dose 0: untouched.")
+        if any(result.dose.amount for result in self.done.results):
+            units = ", ".join(f"{value:.3g} of {latent}" for latent, value in list(self.largest.items())[:4])
+            typer.echo(
+                "A number is a multiple of each latent's largest value on the analysis set "
+                f"({units}{', ...' if len(self.largest) > 4 else ''}), added on every edited token, active or not."
+            )
+
+    def _print_figures(self) -> None:
+        done = self.done
+        head = ["dose", *([] if done.behaviour is None else [done.behaviour, "95 %"]), "KL", "CE clean", "CE edited"]
+        rows: list[list[str]] = []
         for result in done.results:
-            for reply in result.replies[number * done.num_samples : (number + 1) * done.num_samples]:
-                typer.echo(f"  {result.dose.name.rjust(9)}  {_safe(reply)}")
-    typer.echo()
-    _print_figures(done)
-    typer.echo(f"\nThe files are in {place}.")
-
-
-def _print_figures(done: Steering) -> None:
-    head = ["dose", *([] if done.behaviour is None else [done.behaviour, "95 %"]), "KL", "CE clean", "CE edited"]
-    rows: list[list[str]] = []
-    for result in done.results:
-        rate, aside = result.rate, result.side_effects
-        shown = [] if rate is None else [f"{rate.hits}/{rate.total}", f"{rate.low:.0%}–{rate.high:.0%}"]
-        beside = [] if aside is None else [f"{aside.kl:.4f}", f"{aside.clean:.3f}", f"{aside.edited:.3f}"]
-        rows.append([result.dose.name, *shown, *beside])
-    print_table(head, rows)
-    typer.echo("KL (clean ‖ edited) and cross-entropy in nats a token, on held-out text that is no dialogue.")
+            rate, aside = result.rate, result.side_effects
+            shown = [] if rate is None else [f"{rate.hits}/{rate.total}", f"{rate.low:.0%}–{rate.high:.0%}"]
+            beside = [] if aside is None else [f"{aside.kl:.4f}", f"{aside.clean:.3f}", f"{aside.edited:.3f}"]
+            rows.append([result.dose.name, *shown, *beside])
+        print_table(head, rows)
+        every = "" if self.request["tokens"] == "all" else ", edited on every token, which is usually more than above"
+        typer.echo(f"KL (clean ‖ edited) and cross-entropy in nats a token, on {done.measured_on}{every}.")
+        if done.interval is not None:
+            several = "" if done.num_samples == 1 else ": replies of one prompt are not independent"
+            typer.echo(f"95 % intervals: {done.interval}{several}.")
 
 
 def _safe(text: str) -> str:

@@ -26,6 +26,7 @@ from crosscoder.interventions.side_effects import SideEffects, UnrelatedText, si
 from crosscoder.interventions.steering import Dose, DoseResult, Steering, Trial, doses, steer
 from crosscoder.interventions.subject import Sampling, Subject
 from crosscoder.interventions.suppression import (
+    MatchedSet,
     SmallestSet,
     SuppressedSet,
     SuppressionCurve,
@@ -49,6 +50,7 @@ __all__ = [
     "Estimate",
     "LatentEffects",
     "LogitDifference",
+    "MatchedSet",
     "Metric",
     "NextTokenLoss",
     "PatchingCurves",

@@ -92,7 +92,7 @@ def ablate_each(
     tokens = TokenBlock.of([(number, job.context) for number, job in enumerate(block)])
     taken, active = _taken(block, tokens, directions)
     clean = tokens.logits(model)
-    with model.replace(site, lambda x, _: x.to(taken.dtype) - taken.to(x.device)):
+    with model.replace(site, lambda x, _: _without(x, taken)):
         ablated = tokens.logits(model)
     following = torch.nn.utils.rnn.pad_sequence([job.following for job in block], batch_first=True, padding_value=-1)
     latent = torch.tensor([job.place for job in block])
@@ -102,6 +102,12 @@ def ablate_each(
         at = row.to(clean.device), position.to(clean.device)
         change = _change(clean[at], ablated[at], following[row, position].to(clean.device))
         sums.add(latent[row], torch.where(after[row, position], AFTER, ACTIVE), change)
+
+
+def _without(x: Tensor, taken: Tensor) -> Tensor:
+    """`x − taken` in the wider dtype of both, rounded once: to take nothing away leaves `x` as it is."""
+    wide = torch.promote_types(x.dtype, taken.dtype)
+    return (x.to(wide) - taken.to(x.device, wide)).to(x.dtype)
 
 
 def batched(all_jobs: Sequence[Job], *, most_tokens: int) -> Iterator[list[Job]]:

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from crosscoder.capture.models import Forward, StudiedModel
 from crosscoder.capture.positions import padded_positions
@@ -27,6 +28,21 @@ from crosscoder.interventions.prompts import Prompts
 from crosscoder.interventions.selections import SeenTokens
 from crosscoder.sources import Source
 
+_under_edit: WeakSet[nn.Module] = WeakSet()
+"""Models that a block of `editing` concerns: two blocks at once would not see each other's partners as clean."""
+
+
+@dataclass
+class MetTokens:
+    """Which edits have met a token, in one block of `editing` after another."""
+
+    num_forwards: int = 0
+    edits: set[Edit] = field(default_factory=set[Edit])
+
+    def missed(self, edits: Sequence[Edit]) -> list[Edit]:
+        """The edits that change something and met no token, though models ran."""
+        return [edit for edit in edits if self.num_forwards and not edit.is_identity and edit not in self.edits]
+
 
 @contextmanager
 def editing(
@@ -36,6 +52,7 @@ def editing(
     *,
     prompts: Prompts | None = None,
     never: Sequence[int] = (),
+    met: MetTokens | None = None,
 ) -> Iterator[None]:
     """While the block runs, `read`, `logits` and `generate` of every edited model honour the edits.
 
@@ -43,21 +60,24 @@ def editing(
     with: selections by role, prompt or reply need them, and tokens that they do not keep are not edited. `never` lists
     ids of tokens that are not edited anywhere. Gradients flow through edits to activations, not to the crosscoder.
 
-    Raises UnknownLatent, EditError where models or sources do not fit, NotCalibrated as `encode` does, and
-    EmptySelection on leaving, when models ran and an edit met no token.
+    Raises UnknownLatent, EditError where models or sources or prompts do not fit or inside another such block over the
+    same models, NotCalibrated as `encode` does, and EmptySelection on leaving, when models ran and an edit met no
+    token. With `met`, which edits met a token is noted there instead: of several blocks the caller judges together.
     """
     check_models(crosscoder, models)
     effective = [(edit, edit.edited_sources(crosscoder)) for edit in edits]
     effective = [(edit, sources) for edit, sources in effective if not edit.is_identity]
     aliases = dict.fromkeys(source.model for _, sources in effective for source in sources)
-    shared = _Shared(prompts, tuple(never))
+    shared = _Shared(prompts, tuple(never), MetTokens() if met is None else met)
     with ExitStack() as stack:
         stack.enter_context(_fixed(crosscoder))
+        if effective:
+            stack.enter_context(_alone([models[alias].model for alias in crosscoder.sources.underlying.models]))
         for alias in aliases:
             stack.enter_context(_Session(crosscoder, models, effective, alias=alias, shared=shared).in_force())
         yield
-    if shared.num_forwards:
-        _refuse_unused([edit for edit, _ in effective if edit not in shared.met])
+    if met is None:
+        refuse_unused(shared.met.missed(edits))
 
 
 @dataclass
@@ -66,10 +86,9 @@ class _Shared:
 
     prompts: Prompts | None
     never: tuple[int, ...]
+    met: MetTokens
     nested: bool = False
     """Whether a forward pass is under way that edits have started: nothing is edited in it."""
-    num_forwards: int = 0
-    met: set[Edit] = field(default_factory=set[Edit])
 
 
 class _Session:
@@ -108,7 +127,7 @@ class _Session:
             return
         _check_batch(shared.prompts, forward)
         self._forward = forward
-        shared.num_forwards += 1
+        shared.met.num_forwards += 1
         shared.nested = True
         try:
             self._reads.begin(forward)
@@ -143,7 +162,7 @@ class _Session:
         if prompts is not None:
             editable &= prompts.keeps(position)
         masks = [edit.tokens.mask(tokens) & editable for edit in edits]
-        self._shared.met |= {edit for edit, mask in zip(edits, masks, strict=True) if bool(mask.any())}
+        self._shared.met.edits |= {edit for edit, mask in zip(edits, masks, strict=True) if bool(mask.any())}
         return masks
 
 
@@ -195,9 +214,35 @@ def _check_batch(prompts: Prompts | None, forward: Forward) -> None:
             f"a batch of {len(forward.input_ids)} texts runs, and edits were given {len(prompts.ids)} prompts.",
             hint="Give the prompts of this batch, in its order.",
         )
+    if prompts is not None and forward.num_cached == 0:
+        differs = prompts.differs(_positions(forward), forward.input_ids) & _editable(forward, ())
+        texts = differs.any(1).nonzero().squeeze(1).tolist()
+        if texts:
+            raise EditError(
+                f"{len(texts)} of {len(differs)} texts do not begin with the prompts that edits were given.",
+                details=[f"text {text} in the batch" for text in texts[:5]],
+                hint="Give the prompts of this batch, in its order.",
+            )
 
 
-def _refuse_unused(edits: Sequence[Edit]) -> None:
+@contextmanager
+def _alone(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Raises EditError where one of the models is in a block of `editing` already."""
+    if any(model in _under_edit for model in models):
+        raise EditError(
+            "these models are inside another `editing` block: each would take the other's edits for clean activations.",
+            hint="Give all edits in one call: editing(crosscoder, models, [first, second, ...]).",
+        )
+    _under_edit.update(models)
+    try:
+        yield
+    finally:
+        for model in models:
+            _under_edit.discard(model)
+
+
+def refuse_unused(edits: Sequence[Edit]) -> None:
+    """Raises EmptySelection where there are edits that met no token."""
     if edits:
         raise EmptySelection(
             f"{len(edits)} of the edits met no token: what they select was not in the texts.",

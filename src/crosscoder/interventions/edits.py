@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Literal
 
 import torch
@@ -57,6 +58,12 @@ class Edit:
             raise EditError(
                 f"expected one value, or one for each of {len(self.latents)} latents; got {len(self.values)}."
             )
+        if not all(map(isfinite, self.values)):
+            raise EditError(
+                "expected finite values in an edit.",
+                details=[f"values {list(self.values[:10])}"],
+                hint="NaN or infinity would make every later activation NaN.",
+            )
 
     @property
     def is_identity(self) -> bool:
@@ -83,7 +90,7 @@ class Edit:
                 return f + values
 
     def edited_sources(self, crosscoder: Crosscoder) -> list[Source]:
-        """The sources that it changes; raises EditError for one that the crosscoder, or every latent, cannot write.
+        """The sources that it changes; raises EditError for one that cannot be written, or where none is.
 
         Differences are not among them: no model has them.
         """
@@ -94,7 +101,7 @@ class Edit:
         columns = [crosscoder.writes.index(source.key) for source in chosen]
         can = [bool(crosscoder.wiring.writes_mask[latents, column].any()) for column in columns]
         silent = [source.key for source, writes in zip(chosen, can, strict=True) if not writes]
-        if not chosen or (self.sources is not None and silent):
+        if not any(can) or (self.sources is not None and silent):
             raise EditError(
                 "none of the edited latents writes the sources to be edited.",
                 details=[f"latents  {latents[:10]}", *(f"source   {key}" for key in silent)],

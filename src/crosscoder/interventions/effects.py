@@ -56,7 +56,8 @@ class LatentEffects:
     """Effects of ablating each latent in each source's model: nats, and changes of probability.
 
     NaN where a latent is active nowhere, or cannot write the source. `rising` and `falling` are token ids, the
-    strongest first; what falls without a latent is what it speaks for.
+    strongest first; what falls without a latent is what it speaks for. They say nothing where `kl_active` is NaN: the
+    table has empty lists there.
     """
 
     sources: tuple[str, ...]
@@ -83,9 +84,14 @@ class LatentEffects:
                 **{name: pa.array(values, pa.int32()) for name, values in repeated.items()},
                 "source": list(self.sources) * len(self.latents),
                 **{name: pa.array(_or_none(getattr(self, name)), pa.float64()) for name in MEASURES},
-                **{n: pa.array(getattr(self, n).flatten(0, 1).tolist(), pa.list_(t)) for n, t in tokens.items()},
+                **{name: pa.array(self._listed(name), pa.list_(kind)) for name, kind in tokens.items()},
             }
         )
+
+    def _listed(self, name: str) -> list[list[float]]:
+        """Tokens, or their changes, row by row; none where nothing was measured."""
+        rows, known = getattr(self, name).flatten(0, 1).tolist(), self.kl_active.isfinite().flatten().tolist()
+        return [row if measured else [] for row, measured in zip(rows, known, strict=True)]
 
 
 @torch.no_grad()

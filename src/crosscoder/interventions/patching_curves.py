@@ -177,9 +177,7 @@ class PatchingCurves:
     def _group(self, group: str) -> int:
         if group in self.groups:
             return self.groups.index(group)
-        raise EditError(
-            f"the text has no tokens of a group {group!r}.", details=self.groups, hint="Name one of these."
-        )
+        raise EditError(f"the text has no tokens of a group {group!r}.", details=self.groups, hint="Name one of these.")
 
 
 def bootstrap_means(

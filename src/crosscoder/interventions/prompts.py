@@ -90,6 +90,13 @@ class Prompts:
         reply = position - self.lengths.to(position.device)[:, None]
         return (reply >= 0) | self._at(position, self.kept.to(position.device))
 
+    def differs(
+        self, position: Int[Tensor, "batch positions"], ids: Int[Tensor, "batch positions"]
+    ) -> Bool[Tensor, "batch positions"]:
+        """Where texts have other tokens, at these positions, than the prompts; False behind them."""
+        inside = position < self.lengths.to(position.device)[:, None]
+        return inside & (self._at(position, self.ids.to(position.device)) != ids.to(position.device))
+
     def _at(self, position: Tensor, column: Tensor) -> Tensor:
         """A column of the prompts by position, anything behind them."""
         padding = (self.mask.shape[1] - self.lengths).to(position.device)[:, None]

@@ -3,8 +3,8 @@
     KL(clean ‖ edited)   mean over the positions of the text, in nats
     cross-entropy        of the next token, clean and edited, in nats
 
-An edit acts here on every token that could be a row, whatever tokens it selects in dialogues: an upper bound for edits
-that act on replies or on some roles alone.
+An edit acts here on every token that could be a row, whatever tokens it selects in dialogues: usually more than an edit
+of replies or of some roles alone does, though nothing makes it so.
 """
 
 from __future__ import annotations
@@ -31,23 +31,29 @@ from crosscoder.interventions.subject import Subject
 
 _CHUNK = 256
 """Positions whose distributions are compared at once."""
+_KINDS = ("held-out text in which nobody speaks", "held-out text and dialogues", "held-out dialogues")
 
 
 @dataclass(frozen=True)
 class SideEffects:
-    """Means over `num_tokens` next tokens (nats): cross-entropy clean and edited, KL(clean ‖ edited)."""
+    """Means over `num_tokens` next tokens (nats): cross-entropy clean and edited, KL(clean ‖ edited).
+
+    `text` says what they were measured on.
+    """
 
     clean: float
     edited: float
     kl: float
     num_tokens: int
+    text: str = "other text"
 
 
 @dataclass(frozen=True)
 class UnrelatedText:
-    """Contexts to measure side effects on, batch by batch."""
+    """Contexts to measure side effects on, batch by batch, and what they are, in words."""
 
     batches: tuple[Prompts, ...]
+    kind: str = "other text"
 
     @classmethod
     def of(
@@ -62,10 +68,12 @@ class UnrelatedText:
         """A fixed sample of about `num_tokens` tokens; `texts` leaves out contexts in which anybody speaks."""
         order = torch.randperm(text.num_contexts, generator=torch.Generator().manual_seed(seed)).tolist()
         chosen: list[Prompt] = []
+        num_spoken = 0
         for number in order:
             context = text.context(number)
             if len(context) > 1 and (which == "all" or not _spoken(context)):
                 chosen.append(Prompt.of(context))
+                num_spoken += _spoken(context)
             if sum(map(len, chosen)) >= num_tokens:
                 break
         if not chosen:
@@ -73,9 +81,10 @@ class UnrelatedText:
                 "expected text in which nobody speaks; this analysis set has only dialogues.",
                 hint="Use which='all', or give another AnalysisSet.",
             )
+        kind = _KINDS[(num_spoken > 0) + (num_spoken == len(chosen))]
         size = max(1, batch_tokens // max(map(len, chosen)))
         chosen.sort(key=len)
-        return cls(tuple(Prompts.of(chosen[start : start + size]) for start in range(0, len(chosen), size)))
+        return cls(tuple(Prompts.of(chosen[start : start + size]) for start in range(0, len(chosen), size)), kind)
 
 
 @torch.no_grad()
@@ -91,7 +100,7 @@ def side_effects(subject: Subject, text: UnrelatedText, edits: Sequence[Edit]) -
         for chunk in predicts.split(_CHUNK):
             sums += _compared(clean, edited, batch.ids, chunk)
         count += len(predicts)
-    return SideEffects(*(sums / count).tolist(), num_tokens=count)
+    return SideEffects(*(sums / count).tolist(), num_tokens=count, text=text.kind)
 
 
 def _compared(clean: Tensor, edited: Tensor, ids: Tensor, places: Tensor) -> Tensor:

@@ -61,7 +61,8 @@ class Trial:
             raise ConfigError(
                 "a rate needs a behaviour to count.", hint="Give behaviour=contains(...) or matches(...)."
             )
-        return Rate.of(self.behaviour.shows(reply) for reply in replies)
+        shown = (self.behaviour.shows(reply) for reply in replies)
+        return Rate.over_prompts(shown, num_samples=self.sampling.num_samples, seed=self.sampling.seed)
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,17 @@ class Steering:
     num_samples: int
     results: tuple[DoseResult, ...]
 
+    @property
+    def measured_on(self) -> str | None:
+        """The text that side effects were measured on; None where they were not."""
+        return next((r.side_effects.text for r in self.results if r.side_effects is not None), None)
+
+    @property
+    def interval(self) -> str | None:
+        """How the rates' 95 % intervals were found; None without a behaviour."""
+        found = dict.fromkeys(r.rate.interval for r in self.results if r.rate is not None)
+        return ", ".join(found) or None
+
     def table(self) -> pa.Table:
         """One row per dose: rate with interval, and side effects."""
         return pa.Table.from_pylist([_row(result) for result in self.results], schema=_SCHEMA)
@@ -95,6 +107,8 @@ class Steering:
             "behaviour": self.behaviour,
             "num_prompts": len(self.prompts),
             "num_samples": self.num_samples,
+            "interval": self.interval,
+            "side_effects_on": self.measured_on,
             "doses": [{**_row(result), "edits": [_described(e) for e in result.dose.edits]} for result in self.results],
             "examples": [
                 {"prompt": prompt, "replies": {r.dose.name: r.replies[i * self.num_samples] for r in self.results}}
@@ -103,10 +117,10 @@ class Steering:
         }
 
     def completions(self) -> pa.Table:
-        """One row per dose, prompt and sample: the reply."""
+        """One row per dose, prompt (its number and its text as the model read it) and sample: the reply."""
         rows = [
             {"dose": result.dose.name, "prompt": number // self.num_samples, "sample": number % self.num_samples,
-             "reply": reply}
+             "prompt_text": self.prompts[number // self.num_samples], "reply": reply}
             for result in self.results
             for number, reply in enumerate(result.replies)
         ]  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crosscoder.activations import ROLES
 from crosscoder.capture.huggingface import Tokenizer
 from crosscoder.capture.models import StudiedModel
 from crosscoder.capture.recorded import check_recorded
@@ -17,9 +18,10 @@ from crosscoder.capture.text import Drop
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import ConfigError, EditError, UnknownSource
 from crosscoder.interventions.codes import check_models
-from crosscoder.interventions.editing import editing
+from crosscoder.interventions.editing import MetTokens, editing, refuse_unused
 from crosscoder.interventions.edits import Edit
 from crosscoder.interventions.prompts import Content, Prompt, Prompts, batches, read_prompt
+from crosscoder.interventions.selections import SeenTokens
 
 
 @dataclass(frozen=True)
@@ -90,24 +92,32 @@ class Subject:
                 )
 
     def replies(self, prompts: Sequence[Prompt], edits: Sequence[Edit], sampling: Sampling) -> list[str]:
-        """What the speaker replies under the edits: all samples of the first prompt, then of the next."""
+        """What the speaker replies under the edits: all samples of the first prompt, then of the next.
+
+        Raises EmptySelection for an edit that met no token of any prompt or reply, nor would have met one of a longer
+        reply.
+        """
         self.check(edits)
+        met = MetTokens()
         repeated = [prompt for prompt in prompts for _ in range(sampling.num_samples)]
         found = [""] * len(repeated)
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(sampling.seed)
             for numbers in batches(repeated, sampling.batch_size):
-                said = self._said([repeated[number] for number in numbers], edits, sampling)
+                said = self._said([repeated[number] for number in numbers], edits, sampling, met=met)
                 for number, text in zip(numbers, said, strict=True):
                     found[number] = text
+        refuse_unused([edit for edit in met.missed(edits) if not _could_meet(edit, prompts, sampling)])
         return found
 
-    def _said(self, prompts: Sequence[Prompt], edits: Sequence[Edit], sampling: Sampling) -> list[str]:
+    def _said(
+        self, prompts: Sequence[Prompt], edits: Sequence[Edit], sampling: Sampling, *, met: MetTokens
+    ) -> list[str]:
         tokenizer = self.model.tokenizer
         batch = Prompts.of(prompts, pad=_padding(tokenizer))
         stop = _special(tokenizer)
-        in_force = editing(self.crosscoder, self.models, edits, prompts=batch) if edits else nullcontext()
+        in_force = editing(self.crosscoder, self.models, edits, prompts=batch, met=met) if edits else nullcontext()
         with in_force:
             ids = self.model.generate(
                 batch.ids,
@@ -118,6 +128,14 @@ class Subject:
             )
         new = ids[:, batch.ids.shape[1] :].cpu()
         return [str(tokenizer.decode(_until(row, stop))).strip() for row in new]
+
+
+def _could_meet(edit: Edit, prompts: Sequence[Prompt], sampling: Sampling) -> bool:
+    """Whether an edit selects a token of a reply as long as it may become; the last token is never read again."""
+    reply = torch.arange(sampling.max_new_tokens - 1).expand(len(prompts), -1)
+    position = reply + torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    role = torch.full_like(reply, ROLES.index("assistant"))
+    return bool(edit.tokens.mask(SeenTokens(position, role, reply)).any())
 
 
 def _padding(tokenizer: Tokenizer) -> int:

@@ -4,13 +4,17 @@
     smallest set   from the first point of the curve whose rate is at most the target, latents are taken out again one
                    by one, the last-ranked first; each stays out if the rate stays at or below the target without it
     random sets    of every random order of latents the first n are suppressed, n such that KL(clean ‖ edited) on
-                   unrelated text is nearest to that of the set under test: damage of the same size elsewhere
+                   unrelated text is nearest to that of the set under test: damage of the same size elsewhere. A set
+                   whose KL is further off than a tolerance is no control; it says so (`within`)
+
+A behaviour whose untouched rate is at or below the target is `not there`: nothing could be said of its latents.
 
 The pruned set is minimal (no single latent can be spared, in the order tried), not the smallest of all sets.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +27,8 @@ from crosscoder.interventions.edits import Edit, ablate
 from crosscoder.interventions.side_effects import SideEffects, UnrelatedText, side_effects
 from crosscoder.interventions.steering import Trial
 from crosscoder.progress import Progress, silent
+
+_log = logging.getLogger(__name__)
 
 Suppress = Callable[[Sequence[int]], Edit]
 """The edit that suppresses some latents: `ablate`, or one that acts on some tokens or in one model only."""
@@ -38,6 +44,22 @@ class SuppressedSet:
     latents: tuple[int, ...]
     rate: Rate
     side_effects: SideEffects
+
+
+@dataclass(frozen=True)
+class MatchedSet(SuppressedSet):
+    """Random latents that were to do as much to unrelated text as others: the KL that was wanted, beside that reached.
+
+    Outside the tolerance (`within` False) it did less damage, or more, and is to be left out of comparisons.
+    """
+
+    wanted_kl: float
+    tolerance: float
+
+    @property
+    def within(self) -> bool:
+        """Whether the KL reached is that wanted, up to `tolerance` times it."""
+        return abs(self.side_effects.kl - self.wanted_kl) <= self.tolerance * self.wanted_kl
 
 
 @dataclass(frozen=True)
@@ -62,15 +84,21 @@ class SuppressionCurve:
 
 @dataclass(frozen=True)
 class SmallestSet:
-    """A set that suffices for the target and of which no latent can be spared; `suppressed` is None where none does."""
+    """A set that suffices for the target and of which no latent can be spared; `suppressed` is None where none does.
+
+    `untouched` is the rate with nothing suppressed.
+    """
 
     target: float
+    untouched: float
     suppressed: SuppressedSet | None
     num_tried: int
 
     @property
     def answer(self) -> str:
-        """`few`, `dozens`, `spread`, or `not reached` by any number that was tried."""
+        """`few`, `dozens`, `spread`, `not reached` by any number that was tried, or `not there` before any was."""
+        if self.untouched <= self.target:
+            return "not there"
         return "not reached" if self.suppressed is None else answer(len(self.suppressed.latents))
 
 
@@ -117,10 +145,11 @@ def smallest_set(
     suppress: Suppress = ablate,
     progress: Progress = silent,
 ) -> SmallestSet:
-    """The first set on the curve whose rate is at most `target`, pruned."""
-    start = curve.first_below(target)
+    """The first set on the curve whose rate is at most `target`, pruned; none where the untouched rate is."""
+    untouched = curve.untouched.share
+    start = None if untouched <= target else curve.first_below(target)
     if start is None:
-        return SmallestSet(target, None, 0)
+        return SmallestSet(target, untouched, None, 0)
     kept = list(start.latents)
     for done, latent in enumerate(reversed(start.latents)):
         progress("pruning the set", done, len(start.latents))
@@ -128,7 +157,7 @@ def smallest_set(
         if rest and trial.rate([suppress(rest)]).share <= target:
             kept = rest
     progress("pruning the set", len(start.latents), len(start.latents))
-    return SmallestSet(target, suppressed(trial, kept, unrelated, suppress=suppress), len(start.latents))
+    return SmallestSet(target, untouched, suppressed(trial, kept, unrelated, suppress=suppress), len(start.latents))
 
 
 def matched_sets(
@@ -137,16 +166,27 @@ def matched_sets(
     unrelated: UnrelatedText,
     *,
     kl: float,
+    tolerance: float = 0.25,
     suppress: Suppress = ablate,
     progress: Progress = silent,
-) -> list[SuppressedSet]:
-    """Of every order the first latents whose suppression does about `kl` to unrelated text, and what they leave."""
-    found: list[SuppressedSet] = []
+) -> list[MatchedSet]:
+    """Of every order the first latents whose suppression does about `kl` to unrelated text, and what they leave.
+
+    Sets further than `tolerance · kl` from it come too, with `within` False, and a warning is logged.
+    """
+    found: list[MatchedSet] = []
     for done, order in enumerate(orders):
         progress("matching random sets", done, len(orders))
         size = _matching(lambda n, order=order: _kl(trial, order[:n], unrelated, suppress), len(order), kl)
-        found.append(suppressed(trial, order[:size], unrelated, suppress=suppress))
+        done_by = suppressed(trial, order[:size], unrelated, suppress=suppress)
+        found.append(MatchedSet(**vars(done_by), wanted_kl=kl, tolerance=tolerance))
     progress("matching random sets", len(orders), len(orders))
+    outside = [f"{one.side_effects.kl:.3g}" for one in found if not one.within]
+    if outside:
+        _log.warning(
+            "%d of %d random sets do not match a KL of %.3g within %.0f %%, but reach %s: they are no controls.",
+            len(outside), len(found), kl, 100 * tolerance, ", ".join(outside),
+        )  # fmt: skip
     return found
 
 
