@@ -28,9 +28,10 @@ def test_ratios_by_hand() -> None:
     assert found.norm_ratio.tolist()[:4] == [0, -1, 2, 0] and found.norm_ratio[4].isnan()
     assert found.activation_ratio.tolist()[:3] == [1, -1, 0] and bool(found.activation_ratio[3:].isnan().all())
     assert found.own_ratio.tolist()[:4] == [0, -1, 2, 3] and found.own_ratio[4].isnan()
-    assert found.most("amplified").tolist() == [0] and found.most("attenuated").tolist() == [1]
+    by = "activation"
+    assert found.most("amplified", by=by).tolist() == [0] and found.most("attenuated", by=by).tolist() == [1]
     assert found.most("amplified", by="norm").tolist() == [2]
-    assert found.most("amplified", by="own").tolist() == [3, 2]
+    assert found.most("amplified").tolist() == [3, 2]
     assert found.table()["activation_ratio"].to_pylist() == [1, -1, 0, None, None]
     spread = found.to_json()["log2_activation_ratio"]
     assert (spread["num_doubled"], spread["num_halved"], spread["num_without"]) == (1, 1, 2)
@@ -52,7 +53,7 @@ def test_only_active_latents_of_those_asked_about_are_ranked() -> None:
     a, b = carried("a", [1] * 4, [1] * 4), carried("b", [1] * 4, [8, 4, 2, 1])
     count, among = torch.tensor([9, 100, 100, 100]), torch.tensor([True, False, True, True])
     found = amplification(a, b, num_active=count, among=among, min_active=10, density={"user": torch.ones(4)})
-    assert found.most("amplified").tolist() == [2]
+    assert found.most("amplified", by="activation").tolist() == [2]
     assert found.table().to_pylist()[0]["activation_ratio"] == 3 and "density_user" in found.table().column_names
     none = amplification(a, b, num_active=count, among=~among & (count > 1000))
     assert none.to_json()["log2_norm_ratio"]["median"] is None

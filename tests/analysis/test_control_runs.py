@@ -79,7 +79,7 @@ def test_every_control_is_an_ordinary_run_in_its_place(everything: tuple[Path, P
     path, found = everything
     names = [result.name for result in found.runs]
     assert names == sorted(
-        ["difference-chat-base", "identical-base--chat", "null-base--chat-1", "null-base--chat-2", "null-base--chat-3"]
+        ["difference-base--chat", "identical-base--chat", "null-base--chat-1", "null-base--chat-2", "null-base--chat-3"]
         + ["partner-chat-base", "repeat-1", "repeat-2", "repeat-3", "sae-base", "sae-chat"]
     )
     real = RunConfig.load(path / "run.yaml")
@@ -159,7 +159,7 @@ def test_stability_and_baselines_are_there(everything: tuple[Path, PairControls]
         assert 0 <= each.share_by_decoder <= 1 and each.share_by_activation is not None
         assert all(each.beyond_again[key] <= each.beyond[key] for key in each.beyond)
     sizes = {result.name: result.num_latents for result in found.runs}
-    assert (sizes["difference-chat-base"], sizes["sae-base"], sizes["sae-chat"]) == (96, 48, 48)
+    assert (sizes["difference-base--chat"], sizes["sae-base"], sizes["sae-chat"]) == (96, 48, 48)
     assert found.first_tokens is not None and found.first_tokens.readings is not None
     assert found.components is not None and sum(found.components.shares) <= 1 + 1e-6
 

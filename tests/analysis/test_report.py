@@ -12,6 +12,7 @@ import torch
 from crosscoder.activations import ROLES, Rows
 from crosscoder.analysis.calibrated import Cut, Found, NullTest
 from crosscoder.analysis.classes import latent_classes
+from crosscoder.analysis.diff_cards import Unmeasured
 from crosscoder.analysis.diff_data import most_used
 from crosscoder.analysis.label_scores import DetectorScore, LabelScore, LabelScores
 from crosscoder.analysis.latent_cards import LatentCard, highlighted, percent
@@ -238,23 +239,39 @@ def test_highlights_follow_values() -> None:
 def test_the_head_says_that_there_is_no_control() -> None:
     """Counts beyond a cut-off do not stand alone."""
     data = replace(hostile_data(), controls=None)
-    assert "This report has no controls" in report(data)
+    assert "This report has no null controls" in report(data)
     assert "of another crosscoder" in report(replace(data, stale_controls=True))
 
 
 def test_the_head_leads_with_what_survives_and_the_controls_come_before_the_latents() -> None:
     """Beyond a tested cut-off there is a sentence with what chance would give; untested cut-offs are said to be."""
     html = report(hostile_data())
-    assert "1 latent is specific to" in html and "(0.1 expected by chance)" in html
+    assert "1 latent is specific to" in html and "(0.1 expected by chance, at most " in html
     assert (
         html.index('id="controls"')
         < html.index('id="scaling"')
         < html.index('id="most-b"')
         < html.index('id="methods"')
     )
-    assert "This report has no controls" not in html
+    assert "This report has no null controls" not in html
     untested = replace(hostile_data(), controls=replace(null_controls(), test_seeds=()))
     assert "not tested on others" in report(untested)
+
+
+def test_what_was_not_measured_says_why() -> None:
+    """Patching that was refused, and curves that have no point."""
+    data = replace(hostile_data(), patching=Unmeasured(HOSTILE[1]))
+    assert "Not measured: &lt;img" in report(data)
+    whole = patched()
+    bare = replace(whole, conditions=whole.conditions[:5], kl=whole.kl[:5], draws=whole.draws[:, :5])
+    assert 'id="patching"' in report(replace(data, patching=bare))
+
+
+def test_controls_without_nulls_are_shown_and_missed() -> None:
+    """Repeats and partners stand there, and the head says that no null set a cut-off."""
+    controls = replace(null_controls(), calibration_seeds=(), test_seeds=(), scores=())
+    html = report(replace(hostile_data(), controls=controls))
+    assert "This report has no null controls" in html and "found again by decoder" in html
 
 
 def test_scaling_says_why_it_has_no_meaning() -> None:

@@ -127,7 +127,7 @@ def test_diff_writes_a_directory_for_the_pair(run: Path, tmp_path: Path) -> None
     table = read_table(diff.path / "latents.parquet", thing="diff_latents")
     assert {"latent", "density", "class", "relative_norm", "cosine"} <= set(table.column_names)
     html = diff.report.read_text()
-    assert html.startswith("<!doctype html>") and "promotes" in html and "This report has no controls" in html
+    assert html.startswith("<!doctype html>") and "promotes" in html and "This report has no null controls" in html
 
 
 def test_numbers_that_are_none_are_null_in_json() -> None:

@@ -86,7 +86,7 @@ class Amplification:
         self,
         way: Literal["amplified", "attenuated"],
         *,
-        by: Literal["activation", "own", "norm"] = "activation",
+        by: Literal["own", "activation", "norm"] = "own",
         num: int = 20,
     ) -> Int[Tensor, "some"]:
         """Ranked latents with a ratio above 0 (amplified in b) or below it (attenuated), most extreme first."""
@@ -118,7 +118,7 @@ class Amplification:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Quartiles of the ranked latents' ratios, how many doubled or halved, and the most extreme by activation."""
+        """Quartiles of the ranked latents' ratios, how many doubled or halved, the most extreme by own ratios."""
         return {
             "a": self.a.source,
             "b": self.b.source,

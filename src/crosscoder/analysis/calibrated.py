@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from torch import Tensor
 from crosscoder.analysis.shares import CONFIDENCE, Share, most_allowed, share_of
 from crosscoder.errors import TextError
 
+Score = Literal["norm", "scaling", "joint"]
+SideName = Literal["a", "b"]
 WANTED_SHARE = 0.002
 NUM_BINS = 50
 
@@ -34,8 +37,8 @@ class Cut:
     `num_beyond` of `num_latents` null scores lie beyond it. `assured`: their upper bound is within `wanted_share`.
     """
 
-    score: str
-    side: str
+    score: Score
+    side: SideName
     value: float
     wanted_share: float
     seeds: tuple[int, ...]
@@ -74,8 +77,8 @@ class Found:
 def calibrate(
     scores: Mapping[int, Float[Tensor, "_"]],
     *,
-    score: str,
-    side: str,
+    score: Score,
+    side: SideName,
     wanted_share: float = WANTED_SHARE,
     confidence: float = CONFIDENCE,
 ) -> Cut:

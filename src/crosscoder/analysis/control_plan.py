@@ -4,13 +4,13 @@
     identical-<a>--<b>     x_b := x_a
     partner-<alias>-<name> the same run with another model under that alias
     repeat-<n>             the same run with another seed
-    difference-<b>-<a>     an SAE of the source x_b − x_a     } at equal compute
+    difference-<a>--<b>    an SAE of the source x_b − x_a     } at equal compute
     sae-<alias>            an SAE of one source               }
 
 Equal compute: the same rows, and as many weights. A crosscoder spends, per row, its latents times the widths that they
 read and write. What it spends at a and b is given to the difference SAE as latents, and what it spends at one source to
 the SAE of that source: an acausal crosscoder of n latents and two equal widths is matched by a difference SAE of 2n
-latents, and by two SAEs of n latents together. k is the same for all.
+latents, and by two SAEs of n latents each. k is the same for all.
 """
 
 from __future__ import annotations
@@ -93,6 +93,10 @@ def planned(run: OpenedRun, wanted: WantedControls, *, a: str, b: str) -> tuple[
     """
     if wanted.seeds < 1:
         raise ConfigError(f"expected at least one seed; got {wanted.seeds}.", hint="Give --seeds 3, or more.")
+    if run.made_up:
+        raise ConfigError(
+            "this run is a control itself: one of its sources is made up.", hint="Name the run that it is a control of."
+        )
     found = list(_Planner(run, a, b, wanted.overrides).controls(wanted))
     if not found:
         raise ConfigError(
@@ -175,8 +179,9 @@ class _Planner:
                 hint="Name one of these: --partner ALIAS=PATH.",
             )
         model = ModelConfig(path=path, dtype=there[alias].dtype, device=there[alias].device)
-        name = f"partner-{alias}-{Path(path).name}"
-        return self._control("partner", name, f"{alias} is {Path(path).name}", {"models": {**there, alias: model}})
+        called = Path(path).name if Path(path).exists() else path.replace("/", ".")
+        changes = {"models": {**there, alias: model}}
+        return self._control("partner", f"partner-{alias}-{called}", f"{alias} is {called}", changes)
 
     def repeat(self, seed: int) -> Control:
         changes = {"seed": self.config.seed + seed}
@@ -184,14 +189,18 @@ class _Planner:
 
     def baselines(self) -> Iterator[Control]:
         a, b = self.sources[self.a], self.sources[self.b]
-        if a.width == b.width and a.site == b.site and a.difference is b.difference is None:
+        alike = a.width == b.width and a.site == b.site and self.config.text.alignment == "identical"
+        if alike and a.difference is b.difference is None:
             yield self._autoencoder(
                 "difference",
-                f"difference-{b.model}-{a.model}",
+                f"difference-{self._pair}",
                 DifferenceConfig(difference=(b.model, a.model), site=a.site),
                 equal_latents(self.opened.crosscoder.wiring, [a.key, b.key], width=a.width),
             )
+        aligned = self.config.text.alignment == "bytes"  # the text's own tokenizer must then have a source
         for source in (a, b):
+            if aligned and source.model != self.config.text.tokenizer:
+                continue
             number = equal_latents(self.opened.crosscoder.wiring, [source.key], width=source.width)
             yield self._autoencoder("sae", f"sae-{short(self.sources, source.key)}", source.key, number)
 

@@ -100,6 +100,7 @@ def _scores(run: OpenedRun, found: _Measured) -> Iterator[CalibratedScore]:
                 kind: tuple(
                     found_beyond(cut, test, each.score(name, side), run=control)
                     for control, each in found.of(kind).items()
+                    if name in each.names
                 )
                 for kind in ("partner", "identical", "repeat")
             }
@@ -203,13 +204,14 @@ def _one_stability(
     )
 
 
-def _share(found: Tensor, among: Tensor) -> float:
-    return float(found[among].double().mean())
+def _share(found: Tensor, among: Tensor) -> float | None:
+    return float(found[among].double().mean()) if bool(among.any()) else None
 
 
-def _median(matches: LatentMatches, among: Tensor) -> float:
+def _median(matches: LatentMatches, among: Tensor) -> float | None:
     values = matches.similarity[among]
-    return float(values[values.isfinite()].double().median())
+    known = values[values.isfinite()]
+    return float(known.double().median()) if len(known) else None
 
 
 def _notes(found: _Measured, scores: Sequence[CalibratedScore]) -> Iterator[str]:
@@ -243,7 +245,7 @@ def _notes(found: _Measured, scores: Sequence[CalibratedScore]) -> Iterator[str]
 
 def _identical_note(name: str, found: Specificity, scores: Sequence[CalibratedScore]) -> str:
     norms = found.live_norms
-    beyond = sum(score.identical.num_beyond for score in scores if score.identical is not None)
+    beyond = max((score.identical.num_beyond for score in scores if score.identical is not None), default=0)
     low, high = (
         (float(norms.quantile(q)) for q in torch.tensor([0.0, 1.0], dtype=norms.dtype)) if len(norms) else (0, 0)
     )
@@ -251,7 +253,7 @@ def _identical_note(name: str, found: Specificity, scores: Sequence[CalibratedSc
         what = "no latent lies beyond any cut, as must be"
     else:
         what = (
-            f"{beyond} latents lie beyond a cut although the sources are equal: initial weights that differ across "
-            "sources (init.across_sources) have not come together in this length of training"
+            f"up to {beyond} latents lie beyond a cut although the sources are equal: initial weights that differ "
+            "across sources (init.across_sources) have not come together in this length of training"
         )
     return f"Identical copy ({name}): relative norms from {low:.4f} to {high:.4f}; {what}."

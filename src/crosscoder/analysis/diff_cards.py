@@ -15,10 +15,17 @@ from crosscoder.analysis.opened_run import OpenedRun
 from crosscoder.analysis.pair import PairStatistics
 from crosscoder.analysis.tables import read_table
 from crosscoder.analysis.tokens import token_pieces
-from crosscoder.errors import CrosscoderError, UnsupportedSite
+from crosscoder.errors import SourceMismatch, TokenizerMismatch, UnsupportedSite
 from crosscoder.interventions.effects import LatentEffects, effects
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Unmeasured:
+    """Why something of a diff was not measured."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,13 @@ class CardMaker:
     pair: PairStatistics
     statistics: pa.Table
 
-    def cards(self, latents: Sequence[int], found: LatentEffects | None) -> dict[int, LatentCard]:
-        """A card for each latent, with the effect of ablating it where that was measured."""
+    def cards(
+        self, latents: Sequence[int], found: LatentEffects | Unmeasured, *, sides: Mapping[int, str]
+    ) -> dict[int, LatentCard]:
+        """A card for each latent, with the effect of ablating it where that was measured.
+
+        `sides` says of latents shown as one side's which one; others are measured along the side that they lean to.
+        """
         exemplars = self._exemplars(latents)
         rows = self.statistics.take(pa.array(latents, pa.int64())).to_pylist()
         promoted, without_lens = self._promoted(latents)
@@ -46,18 +58,20 @@ class CardMaker:
                 promoted={source: pieces[latent] for source, pieces in promoted.items()},
                 exemplars=exemplars[latent],
                 without_lens=without_lens,
-                measured=self._measured(latent),
+                measured=self._measured(latent, sides.get(latent)),
                 effects=by_latent.get(latent, ()),
             )
             for latent, row in zip(latents, rows, strict=True)
         }
 
-    def measured_effects(self, latents: Sequence[int]) -> LatentEffects | None:
-        """What ablating each latent does in both models, on its own exemplars; None where that cannot be measured."""
+    def measured_effects(self, latents: Sequence[int]) -> LatentEffects | Unmeasured:
+        """What ablating each latent does in both models, on its own exemplars; or why that was not measured."""
         run, classes = self.run, self.pair.classes
         sources = [key for key in (classes.a, classes.b) if run.crosscoder.writes[key].difference is None]
-        if not latents or not sources:
-            return None
+        if not latents:
+            return Unmeasured("no latent is shown.")
+        if run.made_up or not sources:
+            return Unmeasured("no model gives one of the sources: it is made up, or a difference.")
         contexts = {n: [row["context"] for row in rows] for n, rows in self._exemplars(latents).items()}
         try:
             return effects(
@@ -69,9 +83,8 @@ class CardMaker:
                 contexts=contexts,
                 progress=run.progress,
             )
-        except CrosscoderError as error:
-            log.warning("causal effects were not measured: %s", error.message)
-            return None
+        except (SourceMismatch, TokenizerMismatch, UnsupportedSite) as error:
+            return Unmeasured(error.message)
 
     def _exemplars(self, latents: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
         found: dict[int, list[dict[str, Any]]] = {latent: [] for latent in latents}
@@ -97,12 +110,12 @@ class CardMaker:
                 without_lens[key] = error.message
         return promoted, without_lens
 
-    def _measured(self, latent: int) -> dict[str, str]:
-        """Scaling towards the side that the latent leans to, with intervals, and how much stronger b carries it."""
+    def _measured(self, latent: int, side: str | None) -> dict[str, str]:
+        """Scaling along `side` or the side that the latent leans to, and how much stronger it is in b."""
         pair = self.pair
         if pair.reason is not None:
             return {}
-        side = "a" if float(pair.classes.relative_norm[latent]) < 0.5 else "b"
+        side = side or ("a" if float(pair.classes.relative_norm[latent]) < 0.5 else "b")
         scaled = pair.toward_a if side == "a" else pair.toward_b
         ends = scaled.intervals
         named = {
@@ -117,8 +130,8 @@ class CardMaker:
             {} if ratio != ratio else {"in b": f"{2**ratio:.2g} × as strong as in a"}
         )
 
-    def _effects(self, found: LatentEffects | None) -> dict[int, list[CardEffect]]:
-        if found is None:
+    def _effects(self, found: LatentEffects | Unmeasured) -> dict[int, list[CardEffect]]:
+        if isinstance(found, Unmeasured):
             return {}
         by_latent: dict[int, list[CardEffect]] = {}
         pieces = token_pieces(self.run.tokenizer, {*found.rising.flatten().tolist(), *found.falling.flatten().tolist()})

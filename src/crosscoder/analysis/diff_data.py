@@ -11,18 +11,17 @@ import pyarrow as pa
 from jaxtyping import Bool, Int
 
 from crosscoder.analysis.classes import LatentClasses
-from crosscoder.analysis.diff_cards import CardMaker
+from crosscoder.analysis.diff_cards import CardMaker, Unmeasured
 from crosscoder.analysis.label_scores import LabelScores
 from crosscoder.analysis.opened_run import OpenedRun
 from crosscoder.analysis.pair import PairStatistics
 from crosscoder.analysis.pair_controls import PairControls
 from crosscoder.analysis.report import ReportData
-from crosscoder.analysis.survivors import Survivors, survivors
+from crosscoder.analysis.survivors import NUM_SHOWN, Survivors, survivors
 from crosscoder.interventions.effects import LatentEffects
 from crosscoder.interventions.patching_curves import PatchingCurves
 from crosscoder.sources import SourceSet
 
-NUM_SHOWN = 12
 NUM_CHANGED = 4
 """Amplified and attenuated latents whose cards are shown, of each."""
 MIN_ACTIVE = 10
@@ -39,7 +38,7 @@ class DiffParts:
     labels: LabelScores | None
     controls: PairControls | None
     stale_controls: bool
-    patching: PatchingCurves | None
+    patching: PatchingCurves | Unmeasured
 
     @property
     def survivors(self) -> dict[str, Survivors]:
@@ -78,10 +77,11 @@ def shown_latents(parts: DiffParts) -> Shown:
     return Shown(found, by_wiring, named, [latent for latent in moved if latent not in {*taken, *named}])
 
 
-def report_data(run: OpenedRun, parts: DiffParts, shown: Shown, *, effects: LatentEffects | None) -> ReportData:
+def report_data(run: OpenedRun, parts: DiffParts, shown: Shown, *, effects: LatentEffects | Unmeasured) -> ReportData:
     """All that the report of one pair needs."""
     classes = parts.pair.classes
-    cards = CardMaker(run, parts.pair, parts.statistics).cards(shown.everything, effects)
+    sides = {latent: side for side, found in shown.most.items() for latent in found.latents}
+    cards = CardMaker(run, parts.pair, parts.statistics).cards(shown.everything, effects, sides=sides)
     return ReportData(
         classes=classes,
         facts=_facts(run, classes),
@@ -97,6 +97,7 @@ def report_data(run: OpenedRun, parts: DiffParts, shown: Shown, *, effects: Late
         controls=parts.controls,
         stale_controls=parts.stale_controls,
         patching=parts.patching,
+        effects=effects,
     )
 
 

@@ -88,6 +88,8 @@ def pair_specificity(run: OpenedRun, *, a: str, b: str) -> Specificity:
     sums = ScalingSums(cc, [(a, b), (b, a)], bootstrap=None)
     num_rows = int(run.text.kept.sum())
     watch(cc, run.activations(), reconstructions=[sums], num_rows=num_rows, progress=run.progress)
-    found = specificity(latent_classes(cc, a=a, b=b), scaling(sums, a=b, b=a), scaling(sums, a=a, b=b))
+    ancestry = run.ancestry(a, b)
+    toward_a, toward_b = (scaling(sums, a=one, b=two, ancestry=ancestry) for one, two in ((b, a), (a, b)))
+    found = specificity(latent_classes(cc, a=a, b=b), toward_a, toward_b)
     found.save(path, fingerprint=run.fingerprint)
     return found

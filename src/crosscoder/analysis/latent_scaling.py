@@ -49,6 +49,8 @@ from crosscoder.crosscoder import Crosscoder, Space
 
 ReconstructionKind = Literal["full", "leave_one_out"]
 TARGETS = ("activation", "activation_no_bias", "reconstruction", "error")
+LEAST_BETA = 0.5
+"""Of `β_error` at the own side: below it a decoder row is left over from the start of training."""
 INTERVALS = ("nu_error", "nu_reconstruction", "nu_activation")
 """The ratios that have intervals."""
 NUMBERS = tuple([f"beta_{target}_{side}" for target in TARGETS for side in "ab"] + [f"nu_{t}" for t in TARGETS])
@@ -100,7 +102,7 @@ class LatentScaling:
     reason: str | None = None
 
     def specific(
-        self, *, nu_error: float = 0.2, nu_reconstruction: float = 0.5, least_beta: float = 0.5
+        self, *, nu_error: float = 0.2, nu_reconstruction: float = 0.5, least_beta: float = LEAST_BETA
     ) -> Bool[Tensor, "latents"]:
         """Latents that are b's alone: both |ν| below the cut-offs (Minder et al. 2025), and β_error at b large enough.
 

@@ -16,12 +16,14 @@ from crosscoder.activations import ActivationSource
 from crosscoder.analysis.classes import source_pair
 from crosscoder.capture.alignment import Aligner
 from crosscoder.capture.analysis_set import AnalysisSet
+from crosscoder.capture.ancestry import Ancestry, measure_ancestry
 from crosscoder.capture.corpus import Corpus
 from crosscoder.capture.derived import derived
 from crosscoder.capture.huggingface import Tokenizer
 from crosscoder.capture.loading import load_tokenizer
 from crosscoder.capture.models import StudiedModel
 from crosscoder.capture.null_pair import Difference
+from crosscoder.capture.recorded import check_recorded
 from crosscoder.capture.stream import ActivationStream
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.crosscoder_files import tensors_of
@@ -48,13 +50,17 @@ class OpenedRun:
 
     @cached_property
     def models(self) -> dict[str, StudiedModel]:
-        """The models of the crosscoder's sources, loaded when they are first needed."""
+        """The models of the crosscoder's sources, loaded when they are first needed.
+
+        Raises ModelMismatch where they are not the ones that the crosscoder was trained on.
+        """
         aliases = self.crosscoder.sources.underlying.models
         loaded: dict[str, StudiedModel] = {}
         for done, alias in enumerate(aliases):
             self.progress("loading models", done, len(aliases))
             loaded[alias] = StudiedModel.load(alias, self.config.models[alias])
         self.progress("loading models", len(aliases), len(aliases))
+        check_recorded(loaded, self.crosscoder.provenance)
         return loaded
 
     @cached_property
@@ -109,7 +115,23 @@ class OpenedRun:
     def models_to_splice(self) -> dict[str, StudiedModel] | None:
         """The models that cross-entropy can be measured with: none for encoders, nor where a source is made up."""
         encoders = any(model.architecture.family.encoder for model in self.models.values())
-        return None if encoders or self.config.activations.null_pair is not None else self.models
+        return None if encoders or self.made_up else self.models
+
+    @property
+    def made_up(self) -> bool:
+        """Whether a source is made up, so that no model gives it: what edits do to models then says nothing."""
+        return self.config.activations.null_pair is not None
+
+    def ancestry(self, a: str, b: str) -> Ancestry | None:
+        """How the two models of a pair of source keys are related.
+
+        None where both are of one model, one is a difference, or one is made up from the other.
+        """
+        sources = self.crosscoder.writes[a], self.crosscoder.writes[b]
+        one, two = (source.model for source in sources)
+        if self.made_up or one == two or any(source.difference is not None for source in sources):
+            return None
+        return measure_ancestry(self.models[one], self.models[two])
 
     @cached_property
     def _difference(self) -> Difference | None:

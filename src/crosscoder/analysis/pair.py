@@ -142,12 +142,3 @@ def _amplification(
 
 def _column(table: pa.Table, name: str) -> Float[Tensor, "latents"]:
     return torch.from_numpy(np.array(table[name].to_numpy(), dtype=np.float64))
-
-
-def related_models(crosscoder: Crosscoder, *, a: str, b: str) -> tuple[str, str] | None:
-    """The aliases of the two models of a pair of sources; None where both are of one model, or one is a difference."""
-    sources = crosscoder.writes[a], crosscoder.writes[b]
-    if any(source.difference is not None for source in sources):
-        return None
-    one, two = (source.model for source in sources)
-    return None if one == two else (one, two)

@@ -61,6 +61,14 @@ class CalibratedScore:
     null_histogram: tuple[int, ...]
     histogram: tuple[int, ...]
 
+    @property
+    def by_chance(self) -> str:
+        """How many latents of the pair a null leads one to expect beyond the cut, and at most, in words."""
+        if self.test is None:
+            return f"{self.pair.expected:.1f} expected if the cut-off holds, which was not tested"
+        most = self.test.false_share.upper * self.pair.num_latents
+        return f"{self.pair.expected:.1f} expected by chance, at most {most:.1f}"
+
 
 @dataclass(frozen=True)
 class Stability:
@@ -74,8 +82,8 @@ class Stability:
     run: str
     num_live: int
     cosine_cut: float
-    share_by_decoder: float
-    median_cosine: float
+    share_by_decoder: float | None
+    median_cosine: float | None
     correlation_cut: float
     share_by_activation: float | None
     median_correlation: float | None

@@ -123,7 +123,7 @@ def curves(
     """Lines over one another, each with its range as a band."""
     places = [x for line in lines for x in line.x]
     heights = [y for line in lines for y in (*line.y, *line.low, *line.high)]
-    bottom = floor(10 * min(0.0, *heights)) / 10
+    bottom = floor(10 * min([0.0, *heights])) / 10
     axes = Axes(min(places), max(max(places), min(places) + 1e-9), top or max(*heights, 1e-9), bottom=bottom)
     frame = axes.frame(x_ticks=x_ticks, x_label=labels[0], y_label=labels[1])
     return _svg(
@@ -187,17 +187,18 @@ def _tiles(
 ) -> Iterator[str]:
     """One square for every cell that holds points; its opacity is one of eight classes, by the log of the count."""
     edges = np.linspace(axes.x0, axes.x1, TILES + 1)
+    corner: list[float] = edges.tolist()
     column, row = (np.clip(np.digitize(values, edges) - 1, 0, TILES - 1) for values in (x, y))
     names = list(dict.fromkeys(kinds))
     of_kind = np.array([names.index(kind) for kind in kinds], dtype=np.int64)
     counts = np.zeros((TILES, TILES, max(1, len(names))), dtype=np.int64)
     np.add.at(counts, (column, row, of_kind), 1)
     most = log10(1 + counts.sum(2).max(initial=1))
-    width, height = axes.x(edges[1]) - axes.x(edges[0]), axes.y(edges[0]) - axes.y(edges[1])
+    width, height = axes.x(corner[1]) - axes.x(corner[0]), axes.y(corner[0]) - axes.y(corner[1])
     for i, j in zip(*counts.sum(2).nonzero(), strict=True):
         count = int(counts[i, j].sum())
         level = max(1, round(8 * log10(1 + count) / most))
-        place = f'x="{axes.x(edges[i]):.1f}" y="{axes.y(edges[j + 1]):.1f}" width="{width:.1f}" height="{height:.1f}"'
+        place = f'x="{axes.x(corner[i]):.1f}" y="{axes.y(corner[j + 1]):.1f}" width="{width:.1f}" height="{height:.1f}"'
         kind = names[int(counts[i, j].argmax())]
         yield f'<rect class="tile t{level} fill {kind}" {place}><title>{count:,} latents</title></rect>'
 

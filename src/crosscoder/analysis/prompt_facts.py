@@ -63,7 +63,7 @@ def latent_facts(
 
     Classes are between `a` and `b`, or between the only two sources; there are none where neither is given.
     """
-    facts = LatentFacts(crosscoder.code_norms("sum").cpu())
+    facts = LatentFacts(crosscoder.decoder_norms("normalised").sum(1).cpu())
     columns: dict[str, Tensor] = {}
     if statistics is not None:
         table = read_table(statistics, thing="latents")

@@ -19,24 +19,23 @@ import pyarrow as pa
 import torch
 
 from crosscoder import files
-from crosscoder.analysis.classes import CutOffs, LatentClasses, latent_classes, source_pair
-from crosscoder.analysis.diff_cards import CardMaker
+from crosscoder.analysis.classes import CutOffs, LatentClasses, latent_classes
+from crosscoder.analysis.control_plan import short
+from crosscoder.analysis.diff_cards import CardMaker, Unmeasured
 from crosscoder.analysis.diff_data import DiffParts, add_pair_columns, report_data, shown_latents
 from crosscoder.analysis.evaluation import Evaluation, evaluate
 from crosscoder.analysis.exemplars import Exemplars
 from crosscoder.analysis.label_scores import LabelScores, label_scores
 from crosscoder.analysis.labels import read_labels
 from crosscoder.analysis.opened_run import OpenedRun, open_crosscoder, open_run
-from crosscoder.analysis.pair import PairStatistics, pair_statistics, related_models
+from crosscoder.analysis.pair import PairStatistics, pair_statistics
 from crosscoder.analysis.pair_controls import PairControls, read_controls
 from crosscoder.analysis.report import report
 from crosscoder.analysis.statistics import LatentStatistics
 from crosscoder.analysis.survivors import Survivors, ranking
 from crosscoder.analysis.tables import read_table, write_table
 from crosscoder.analysis.tokens import exemplar_table
-from crosscoder.capture.ancestry import measure_ancestry
-from crosscoder.crosscoder import Crosscoder
-from crosscoder.errors import SourceMismatch, UnsupportedSite
+from crosscoder.errors import SourceMismatch, TokenizerMismatch, UnsupportedSite
 from crosscoder.interventions.effects import LatentEffects
 from crosscoder.interventions.patching import PatchingPlan, patchable_pair, patching
 from crosscoder.interventions.patching_curves import PatchingCurves
@@ -63,7 +62,7 @@ class Diff:
     """What a diff found, and the directory it was written to.
 
     `most` are the latents of each side that survive the controls, or the most extreme ones where there are none;
-    `effects` what ablating the latents shown does; `patching` is None where it was not asked for or means nothing.
+    `effects` what ablating the latents shown does, and `patching` what their difference carries, or why not.
     """
 
     path: Path
@@ -72,8 +71,8 @@ class Diff:
     labels: LabelScores | None
     most: Mapping[str, Survivors]
     controls: PairControls | None
-    effects: LatentEffects | None
-    patching: PatchingCurves | None
+    effects: LatentEffects | Unmeasured
+    patching: PatchingCurves | Unmeasured
 
     @property
     def classes(self) -> LatentClasses:
@@ -100,8 +99,8 @@ class Diff:
             "evaluation": {name: self.evaluation[name] for name in ("fve", "l0", "dead_fraction", "ce_recovered_min")},
             "labels": None if self.labels is None else self.labels.to_json(),
             "controls": None if self.controls is None else self.controls.to_json(),
-            "effects": None if self.effects is None else self.effects.table().to_pylist(),
-            "patching": None if self.patching is None else self.patching.to_json(),
+            "effects": None if isinstance(self.effects, Unmeasured) else self.effects.table().to_pylist(),
+            "patching": None if isinstance(self.patching, Unmeasured) else self.patching.to_json(),
         }
 
 
@@ -137,7 +136,7 @@ def diff_run(
     left them, and never trained here. Evaluates first where that is due.
     """
     run = open_run(path, out=out, progress=progress)
-    a, b = _pair(run.crosscoder, a, b)
+    a, b = run.pair(a, b)
     labels = Labelled(labels) if isinstance(labels, str | Path) else labels
     spans = None if labels is None else read_labels(labels.path)
     other = None if labels is None or labels.baseline is None else open_crosscoder(labels.baseline)
@@ -160,24 +159,24 @@ def diff_run(
 
 def _measured(run: OpenedRun, classes: LatentClasses, statistics: pa.Table) -> PairStatistics:
     """The one pass over the analysis set that a diff makes."""
-    models = related_models(run.crosscoder, a=classes.a, b=classes.b)
     return pair_statistics(
         run.crosscoder,
         run.activations(),
         classes,
         text=run.text,
         statistics=statistics,
-        ancestry=None if models is None else measure_ancestry(*(run.models[alias] for alias in models)),
+        ancestry=run.ancestry(classes.a, classes.b),
         progress=run.progress,
     )
 
 
-def _patched(run: OpenedRun, pair: PairStatistics, *, num_contexts: int) -> PatchingCurves | None:
-    """KL patching from a to b by every score of specificity to b; None where a's activations mean nothing to b."""
+def _patched(run: OpenedRun, pair: PairStatistics, *, num_contexts: int) -> PatchingCurves | Unmeasured:
+    """KL patching from a to b by every score of specificity to b; or why there is none."""
     a, b = pair.classes.a, pair.classes.b
-    differences = any(run.crosscoder.writes[key].difference is not None for key in (a, b))
-    if num_contexts == 0 or differences:
-        return None
+    if num_contexts == 0:
+        return Unmeasured("it was not asked for.")
+    if run.made_up or any(run.crosscoder.writes[key].difference is not None for key in (a, b)):
+        return Unmeasured("no model gives one of the sources: it is made up, or a difference.")
     try:
         patchable_pair(run.crosscoder, run.models, a=a, b=b)
         rankings = {name: ranking(pair.specificity, score=name, side="b") for name in pair.specificity.names}
@@ -185,17 +184,20 @@ def _patched(run: OpenedRun, pair: PairStatistics, *, num_contexts: int) -> Patc
         return patching(
             run.crosscoder, run.models, run.text, a=a, b=b, rankings=rankings, plan=plan, progress=run.progress
         )
-    except (SourceMismatch, UnsupportedSite) as error:
-        log.info("no KL patching: %s", error.message)
-        return None
+    except (SourceMismatch, TokenizerMismatch, UnsupportedSite) as error:
+        return Unmeasured(error.message)
 
 
 def _write(run: OpenedRun, parts: DiffParts) -> Diff:
     """Choose what to show, measure its effects, and write the directory of the pair."""
     classes, shown = parts.pair.classes, shown_latents(parts)
     effects = CardMaker(run, parts.pair, parts.statistics).measured_effects(shown.everything)
+    for what, found in (("KL patching", parts.patching), ("causal effects", effects)):
+        if isinstance(found, Unmeasured):
+            log.info("no %s: %s", what, found.reason)
     run.progress("writing the report", 0, 1)
-    directory = run.out / "diff" / f"{_short(run.crosscoder, classes.a)}--{_short(run.crosscoder, classes.b)}"
+    sources = run.crosscoder.writes
+    directory = run.out / "diff" / f"{short(sources, classes.a)}--{short(sources, classes.b)}"
     found = (parts.evaluation, parts.labels, shown.most, parts.controls, effects, parts.patching)
     diff = Diff(directory, parts.pair, *found)
     page = report(report_data(run, parts, shown, effects=effects))
@@ -239,30 +241,6 @@ def _evaluated(run: OpenedRun) -> dict[str, Any]:
             return there
     _evaluate(run)
     return files.read_json(run.out / EVALUATION, thing="evaluation")
-
-
-def _pair(crosscoder: Crosscoder, a: str | None, b: str | None) -> tuple[str, str]:
-    """The two sources to compare; the only two when none is named."""
-    keys = crosscoder.writes.keys
-    if a is None and b is None and len(keys) == 2:
-        return keys[0], keys[1]
-    if a is None or b is None:
-        raise SourceMismatch(
-            f"this crosscoder writes {len(keys)} sources; which two are to be compared?"
-            if len(keys) > 1
-            else "a diff compares two sources; this crosscoder writes one.",
-            details=crosscoder.writes.describe(),
-            hint="Name both: a=..., b=... (--a, --b), by key or by model alias.",
-        )
-    source_a, source_b = source_pair(crosscoder, a=a, b=b)
-    return source_a.key, source_b.key
-
-
-def _short(crosscoder: Crosscoder, key: str) -> str:
-    """A source's name as part of a path: the model's alias where that says it all."""
-    source = crosscoder.writes[key]
-    alone = sum(other.model == source.model for other in crosscoder.writes) == 1
-    return source.model if alone else key.replace("/", ".")
 
 
 def _surviving(found: Survivors) -> dict[str, Any]:

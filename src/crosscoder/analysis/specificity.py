@@ -6,11 +6,12 @@ For side b (for side a with a and b exchanged):
     scaling   1 − max(|ν_error|, |ν_reconstruction|)   of latent scaling along the latent's own direction at b
     joint     min(2 norm − 1, scaling)            both at once; the first is stretched so that equal is 0 for either
 
-`norm` alone is fooled by shrinkage and decoupling, `scaling` alone by directions that both models have at unlike
-strength, so that `joint` asks for both. All are cut to [0, 1]. NaN: latents that have no part in the comparison, since
-they are active on fewer than `min_active` rows, or since the wiring fixed their norms. A latent whose ν is undefined,
-or whose own direction explains nothing at its own side (β_b <= 0 for a target), is not specific to it: scaling is 0.
-A ν below 0 counts by its size: a model that has the opposite of a concept does not lack its direction.
+`norm` alone is fooled by shrinkage and decoupling, and null pairs reach extremes of it that no real pair does;
+`scaling` is what latents are called specific by (`survivors`), `joint` asks for both. All are cut to [0, 1]. NaN:
+latents that have no part in the comparison, since they are active on fewer than `min_active` rows, or since the
+wiring fixed their norms. A latent whose ν is undefined, or whose own direction explains little at its own side
+(β_error below `LEAST_BETA`), is not specific to it: scaling is 0. A ν below 0 counts by its size: the opposite of a
+concept is no lack of its direction.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from crosscoder.analysis.calibrated import Score, SideName
 from crosscoder.analysis.classes import LatentClasses
-from crosscoder.analysis.latent_scaling import LatentScaling
+from crosscoder.analysis.latent_scaling import LEAST_BETA, LatentScaling
 from crosscoder.analysis.tables import read_table, write_table
 from crosscoder.errors import FileFormatError
 
-SCORES = ("norm", "scaling", "joint")
-SIDES = ("a", "b")
+SCORES: tuple[Score, ...] = ("norm", "scaling", "joint")
+SIDES: tuple[SideName, ...] = ("a", "b")
 MIN_ACTIVE = 10
 _THING = "specificity"
 
@@ -55,7 +57,7 @@ class Specificity:
         return self.scores[name, side]
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> tuple[Score, ...]:
         """The scores that there are."""
         return tuple(name for name in SCORES if (name, "a") in self.scores)
 
@@ -133,7 +135,7 @@ def specificity(
 def scaling_specificity(scaled: LatentScaling) -> Float[Tensor, "latents"]:
     """`1 − max(|ν_error|, |ν_reconstruction|)` for the side whose directions it is of, not yet cut; 0 if undefined."""
     ratio = torch.maximum(scaled.nu_error.abs(), scaled.nu_reconstruction.abs())
-    defined = ratio.isfinite() & (scaled.beta_error_b > 0) & (scaled.beta_reconstruction_b > 0)
+    defined = ratio.isfinite() & (scaled.beta_error_b >= LEAST_BETA) & (scaled.beta_reconstruction_b > 0)
     return torch.where(defined, 1 - ratio, 0.0)
 
 

@@ -16,9 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosscoder.analysis.pair_controls import CalibratedScore, PairControls
-from crosscoder.analysis.specificity import Specificity
+from crosscoder.analysis.specificity import SIDES, Specificity
 
-SIDES = ("a", "b")
 NUM_SHOWN = 12
 
 
@@ -26,7 +25,8 @@ NUM_SHOWN = 12
 class Survivors:
     """Latents of one side by `score`, most specific first; `calibrated` has the cut-off they are beyond, if any.
 
-    Without it `latents` are only the most extreme, whatever a null would say, and at most as many as were asked for.
+    A latent beyond both sides' cut-offs is of the side that it is more specific to. Without a cut-off `latents` are
+    only the most extreme, whatever a null would say, and at most as many as were asked for.
     """
 
     side: str
@@ -47,10 +47,11 @@ def survivors(found: Specificity, controls: PairControls | None, *, num_shown: i
     for side in SIDES:
         calibrated = None if controls is None else controls.score(score, side)
         values = found.score(score, side)
+        own = values >= found.score(score, "a" if side == "b" else "b")
         if calibrated is not None:
-            latents = _ranked(values, calibrated.cut.beyond(values))
+            latents = _ranked(values, calibrated.cut.beyond(values) & own)
         else:
-            latents = _ranked(values, values > (0.5 if score == "norm" else 0.0))[:num_shown]
+            latents = _ranked(values, own & (values > (0.5 if score == "norm" else 0.0)))[:num_shown]
         by_side[side] = Survivors(side, score, tuple(latents), calibrated)
     return by_side
 

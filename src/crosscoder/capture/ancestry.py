@@ -5,8 +5,9 @@
 
 Two independent initialisations stay at about 0, whatever they learn; a model and its fine-tune stay near 1. Vectors
 (norms, biases) are left out, for those of any two models are alike. An adapter that is not merged is left out too: what
-it sits on is the ancestor. Models of one ancestry write their activations in one basis, so that a direction of the one
-can be looked for in the other; without it there is nothing to compare by a direction.
+it sits on is the ancestor. Of matrices that differ in length alone, such as embeddings of a vocabulary that was added
+to, the rows that both have are compared. Models of one ancestry write their activations in one basis, so that a
+direction of the one can be looked for in the other; without it there is nothing to compare by a direction.
 """
 
 from __future__ import annotations
@@ -83,10 +84,12 @@ class Ancestry:
 def measure_ancestry(a: StudiedModel, b: StudiedModel) -> Ancestry:
     """How alike the weights of two models are; neither is changed, and a few values of each tensor are read."""
     matrices_a, matrices_b = _matrices(a.model), _matrices(b.model)
-    common = [name for name, w in matrices_a.items() if name in matrices_b and matrices_b[name].shape == w.shape]
-    sizes = [matrices_a[name].numel() for name in common]
+    both = [name for name, w in matrices_a.items() if name in matrices_b and matrices_b[name].shape[1:] == w.shape[1:]]
+    rows = {name: min(len(matrices_a[name]), len(matrices_b[name])) for name in both}
+    common = [name for name in both if rows[name] >= MIN_COMPARABLE * max(len(matrices_a[name]), len(matrices_b[name]))]
+    sizes = [matrices_a[name][: rows[name]].numel() for name in common]
     smaller = min(sum(w.numel() for w in matrices.values()) for matrices in (matrices_a, matrices_b))
-    cosines = [_cosine(matrices_a[name], matrices_b[name]) for name in common]
+    cosines = [_cosine(matrices_a[name][: rows[name]], matrices_b[name][: rows[name]]) for name in common]
     return Ancestry(a.alias, b.alias, _median(cosines, sizes), sum(sizes) / max(1, smaller), len(common))
 
 

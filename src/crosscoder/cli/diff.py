@@ -12,6 +12,7 @@ from crosscoder.cli.reporting import print_json, print_table, terminal
 
 if TYPE_CHECKING:
     from crosscoder.analysis import Diff, LabelScore, LabelScores
+    from crosscoder.analysis.diff_cards import Unmeasured
     from crosscoder.analysis.survivors import Survivors
     from crosscoder.interventions.patching_curves import PatchingCurves
 
@@ -57,8 +58,7 @@ def print_diff(diff: Diff) -> None:
     print_table(list(classes.counts), [[f"{count:,}" for count in classes.counts.values()]])
     for side, found in sorted(diff.most.items(), reverse=True):
         typer.echo(_specific(side, found))
-    if diff.patching is not None:
-        typer.echo(_patched(diff.patching))
+    typer.echo(_patched(diff.patching))
     if diff.labels is not None:
         typer.echo()
         print_labels(diff.labels)
@@ -69,14 +69,16 @@ def _specific(side: str, found: Survivors) -> str:
     first = ", ".join(map(str, found.latents[:8])) + (" ..." if len(found.latents) > 8 else "")
     if found.calibrated is None:
         return f"most specific to {side}, without controls (crosscoder controls): {first or 'none'}"
-    pair = found.calibrated.pair
-    return f"specific to {side}: {pair.num_beyond:,} ({pair.expected:.1f} expected by chance): {first}".rstrip(": ")
+    return f"specific to {side}: {len(found.latents):,} ({found.calibrated.by_chance}): {first}".rstrip(": ")
 
 
-def _patched(found: PatchingCurves) -> str:
-    """How much of the gap between the models all latents close."""
+def _patched(found: PatchingCurves | Unmeasured) -> str:
+    """How much of the gap between the models all latents close; or why that is not known."""
+    from crosscoder.analysis.diff_cards import Unmeasured
     from crosscoder.interventions.patching_curves import Condition
 
+    if isinstance(found, Unmeasured):
+        return f"no KL patching: {found.reason}"
     share = found.share_recovered(Condition("reference", "latents"))
     gap = found.divergence(Condition("reference", "none")).value
     return (

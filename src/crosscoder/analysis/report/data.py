@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from crosscoder.analysis.classes import LatentClasses
+from crosscoder.analysis.diff_cards import Unmeasured
 from crosscoder.analysis.label_scores import LabelScores
 from crosscoder.analysis.latent_cards import LatentCard
 from crosscoder.analysis.pair import PairStatistics
 from crosscoder.analysis.pair_controls import PairControls
 from crosscoder.analysis.survivors import Survivors
+from crosscoder.interventions.effects import LatentEffects
 from crosscoder.interventions.patching_curves import PatchingCurves
 
 
@@ -40,7 +42,8 @@ class ReportData:
     pair: PairStatistics | None = None
     controls: PairControls | None = None
     stale_controls: bool = False
-    patching: PatchingCurves | None = None
+    patching: PatchingCurves | Unmeasured = Unmeasured("it was not asked for.")  # noqa: RUF009
+    effects: LatentEffects | Unmeasured = Unmeasured("no latent is shown.")  # noqa: RUF009
     exemplars_per_card: int = 5
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from crosscoder.analysis.markup import plain, section
 from crosscoder.analysis.report.data import ReportData
-from crosscoder.analysis.survivors import Survivors
+from crosscoder.analysis.survivors import NUM_SHOWN, Survivors
 
 _READ = (
     "Each line is the largest value in one context; the outlined token has it. Promoted tokens are a logit lens: what "
@@ -37,7 +37,7 @@ def latents(data: ReportData, side: str) -> str:
     if found is None:
         return ""
     name = plain(data.classes.a if side == "a" else data.classes.b)
-    shown = [latent for latent in found.latents if latent in data.cards]
+    shown = [latent for latent in found.latents if latent in data.cards][:NUM_SHOWN]
     title = f'{"Specific" if found.survive else "Most specific"} to <span class="side-{side}">{name}</span>'
     body = _html(data, shown, side=side) or "<p>None.</p>"
     return section(title, body, identity=f"most-{side}", note=_note(found, len(shown)))
@@ -49,11 +49,11 @@ def _note(found: Survivors, num_shown: int) -> str:
             f"The {num_shown} latents with the largest {_SCORES[found.score]} for this side. There are no controls, so "
             f"that nothing says how many of them a pair without any difference would show. {_READ}"
         )
-    cut, pair = found.calibrated.cut, found.calibrated.pair
+    cut = found.calibrated.cut
     shown = "" if num_shown == len(found.latents) else f" The first {num_shown} are shown."
     return (
         f"{len(found.latents):,} latents lie beyond the cut-off {cut.value:.3f} of {_SCORES[found.score]}; "
-        f"{pair.expected:.1f} would by chance.{shown} {_READ}"
+        f"{found.calibrated.by_chance}.{shown} {_READ}"
     )
 
 

@@ -21,7 +21,8 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "the other model: it was split in two (decoupling).",
         "interval of ν": "2.5 % and 97.5 % of a Poisson bootstrap over documents.",
         "specificity": "How far a latent is one side's alone, from 0 to 1. By norm: the relative norm seen from that "
-        "side. By scaling: 1 − max(|ν error|, |ν reconstruction|). Joint: the smaller of the two.",
+        "side. By scaling: 1 − max(|ν error|, |ν reconstruction|), 0 where β of the error is below ½. Joint: the "
+        "smaller of scaling and 2 · norm − 1.",
         "cut-off": "The specificity that all but a stated share of the latents of null crosscoders stay below. A null "
         "crosscoder is trained as this one was, on a made-up partner x_b := x_a + N(mean, covariance of x_b − x_a).",
         "false-exclusive share": "The share of latents beyond the cut-off in null crosscoders of other seeds than "

@@ -42,7 +42,7 @@ def _found(data: ReportData) -> str:
     beyond = {side: found for side, found in data.most.items() if found.calibrated is not None}
     parts = [
         f'{_counted(len(found.latents))} specific to <span class="side-{side}">{side}</span> '
-        f"({found.calibrated.pair.expected:.1f} expected by chance)"
+        f"({found.calibrated.by_chance})"
         for side, found in sorted(beyond.items(), reverse=True)
         if found.calibrated is not None
     ]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from math import log10
 
+from crosscoder.analysis.diff_cards import Unmeasured
 from crosscoder.analysis.markup import figure, plain, section, table
 from crosscoder.analysis.plots import Curve, curves
 from crosscoder.analysis.report.data import ReportData
 from crosscoder.interventions.patching_curves import Condition, Estimate, PatchingCurves
 
+_TITLE = "Do these latents carry the difference?"
 _KINDS = {"norm": "other", "scaling": "shared", "joint": "b", "random": "a"}
 _ROWS = (
     ("a's activations in b", Condition("reference", "none")),
@@ -20,10 +22,10 @@ _ROWS = (
 
 
 def patching(data: ReportData) -> str:
-    """The section, where patching was run."""
+    """The section; where patching was not run it says why."""
     found = data.patching
-    if found is None:
-        return ""
+    if isinstance(found, Unmeasured):
+        return section(_TITLE, f"<p>Not measured: {plain(found.reason)}</p>", identity="patching")
     groups = _groups(found)
     head = ["what is put back", *[plain(group) for group in groups]]
     rows = [[plain(name), *[_cell(found, condition, group) for group in groups]] for name, condition in _ROWS]
@@ -38,10 +40,11 @@ def patching(data: ReportData) -> str:
         "random ones, and its top half with more than its bottom half."
     )
     drawn = "".join(
-        figure(_curves(found, group), f"Share of the gap closed, {plain(group)}:{_keys(found)}") for group in groups[:2]
+        figure(_curves(found, group), f"Share of the gap closed, {plain(group)}:{_keys(found)}")
+        for group in (groups[:2] if found.names else ())
     )
     return section(
-        "Do these latents carry the difference?",
+        _TITLE,
         table(head, rows),
         f'<div class="figures">{drawn}</div>',
         identity="patching",

@@ -81,13 +81,11 @@ def _row(pair: PairStatistics, name: str) -> list[str]:
     chosen[pair.classes.learned(name).cpu().numpy()] = True
     cells = [plain(name), f"{int(chosen.sum()):,}"]
     for scaled in (pair.toward_b, pair.toward_a):
-        cells += [f"{int((_below(scaled) & chosen).sum()):,}", f"{int((_surely_below(scaled) & chosen).sum()):,}"]
+        cells += [
+            f"{int((scaled.specific().numpy() & chosen).sum()):,}",
+            f"{int((_surely_below(scaled) & chosen).sum()):,}",
+        ]
     return cells
-
-
-def _below(scaled: LatentScaling) -> Bool[np.ndarray, "latents"]:
-    error, reconstruction = np.abs(scaled.nu_error.numpy()), np.abs(scaled.nu_reconstruction.numpy())
-    return (error < CUTS[0]) & (reconstruction < CUTS[1]) & (scaled.beta_error_b.numpy() > 0)
 
 
 def _surely_below(scaled: LatentScaling) -> Bool[np.ndarray, "latents"]:
@@ -96,7 +94,7 @@ def _surely_below(scaled: LatentScaling) -> Bool[np.ndarray, "latents"]:
     if ends is None:
         return np.zeros(len(scaled.num_active), dtype=bool)
     error, reconstruction = (np.abs(e.numpy()).max(1) for e in (ends.nu_error, ends.nu_reconstruction))
-    return (error < CUTS[0]) & (reconstruction < CUTS[1]) & _below(scaled)
+    return (error < CUTS[0]) & (reconstruction < CUTS[1]) & scaled.specific().numpy()
 
 
 def _scatter(pair: PairStatistics, side: str) -> str:
