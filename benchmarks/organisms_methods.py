@@ -111,7 +111,7 @@ def wiring_of(dictionary: str, sources: SourceSet, shape: Shape) -> Wiring:
         case "plain":
             return acausal(sources, num_latents=n)
         case "dedicated":
-            own = dict.fromkeys((BEFORE, AFTER), n // 10)
+            own: dict[str, int] = dict.fromkeys((BEFORE, AFTER), n // 10)
             return dedicated(sources, shared=n - 2 * (n // 10), exclusive=own, k_exclusive=dict.fromkeys(own, 1))
         case "designated":
             k_shared = shape.k // 2

@@ -45,17 +45,17 @@ documents has an AUROC >= {DETECTS} against look-alikes of the same role on the 
 among the first {TOP} of the method's order; *any*: among all latents of its dictionary, which no method can exceed.
 Intervals over seeds are Student's t, of counts Wilson's, all 95 %."""
 LOOKED = """\
-Before these cells: some twenty tunings, to find learning rates, lists that a short tuning can learn (ten weapons of
-forty, six places) and how often to look whether a plant has taken; one cell of `topic` and one of `preferred` at the
-size of `--quick`, seed 0, whose scores were seen in part: ten latents did not stop the behaviour, a replaced site did.
-Sizes of dictionaries were set by the time that there was; no setting was chosen by recall. Three null cells showed that
-exclusive latents which share one budget with all others die, so that the dedicated wiring has a k for each model.
-The site was `layers.3` at first, and one cell of `persona` was read there: with the whole difference taken away 29 of
-30 replies still named the persona, since the blocks above had been tuned too. At `layers.4` none of 30 did (and 6 of 30
-turned to `topic`), so that there an edit can do something; all cells were made anew.
-Refusals preferred to answers by DPO were tried and left: in sixty steps none came, since `plain` never refuses. `demur`
-prefers among replies that `plain` has; at a learning rate of 3e-4 DPO broke the model, at 5e-5 it is stopped once the
-plant has taken."""
+**What was looked at before.** Some twenty tunings, to find learning rates, lists that a short tuning can learn (ten
+weapons of forty, six places) and how often to look whether a plant has taken; one cell of `topic` and one of
+`preferred` at the size of `--quick`, seed 0, whose scores were seen in part: ten latents did not stop the behaviour,
+a replaced site did. Sizes of dictionaries were set by the time that there was; no setting was chosen by recall. Three
+null cells showed that exclusive latents which share one budget with all others die, so that the dedicated wiring has
+a k for each model. The site was `layers.3` at first, and one cell of `persona` was read there: with the whole
+difference taken away 29 of 30 replies still named the persona, since the blocks above had been tuned too. At
+`layers.4` none of 30 did (and 6 of 30 turned to `topic`), so that there an edit can do something; all cells were made
+anew. Refusals preferred to answers by DPO were tried and left: in sixty steps none came, since `plain` never refuses.
+`demur` prefers among replies that `plain` has; at a learning rate of 3e-4 DPO broke the model, at 5e-5 it is stopped
+once the plant has taken."""
 
 
 def write(cells: Sequence[Cell], facts: Mapping[str, Any], out: Path) -> str:
@@ -99,7 +99,7 @@ def lines(
         yield "**A quick run: few organisms, one seed, small dictionaries. It shows that everything runs.**\n"
     if facts["missing"]:
         yield f"**Not finished: {len(facts['missing'])} cells are missing: {', '.join(facts['missing'])}.**\n"
-    yield from (NOTES, "", "**What was looked at before.** " + LOOKED, "")
+    yield from (NOTES, "", LOOKED, "")
     yield from ("## In short", "", *summary_lines(cells, calibrated, found=found, changed=changed), "")
     yield from ("## Do the plants take?", "", *gate_lines(cells), "", "## How good are the dictionaries?", "")
     yield from (*quality_lines(cells), "", "## What null organisms allow", "", *null_lines(calibrated))
@@ -221,7 +221,8 @@ def label_lines(found: Sequence[Recall]) -> Iterator[str]:
 
 def drop_lines(cells: Sequence[Cell], changed: Sequence[Effect]) -> Iterator[str]:
     """One row per edit, over all organisms."""
-    yield "Mean over organisms of the drop of the behaviour's rate, over seeds; mean KL on held-out books.\n"
+    yield "Mean over organisms of the drop of the behaviour's rate, over seeds; mean KL on held-out books. Where the"
+    yield "whole difference does little, no method can do more: the last block and the unembedding were tuned too.\n"
     yield "| taken out | drop of the rate, points | KL, nats |"
     yield "|---|---|---|"
     for edit in EDITS:
@@ -297,8 +298,8 @@ def _percent(value: Interval) -> str:
 
 
 def _points(value: Interval) -> str:
-    ends = f" [{100 * value.low:.0f}, {100 * value.high:.0f}]" if value.low == value.low else ""
-    return f"{100 * value.mean:.0f}{ends}"
+    ends = f" [{round(100 * value.low)}, {round(100 * value.high)}]" if value.low == value.low else ""
+    return f"{round(100 * value.mean)}{ends}"
 
 
 def _number(value: Interval) -> str:
