@@ -164,6 +164,8 @@ def test_the_other_half_judges_what_one_half_chose() -> None:
     assert judged.choosing.num_a == judged.scoring.num_a == 60
     assert judged.scoring.latents.tolist() == sorted(judged.choosing.found.tolist())
     assert set(range(8)) <= set(judged.scoring.found.tolist())
+    some = held_out_contrast(values_of(a), values_of(b), among=torch.tensor([3, 50]), num_permutations=200)
+    assert some.choosing.latents.tolist() == [3, 50] and set(some.scoring.latents.tolist()) <= {3, 50}
     none = held_out_contrast(values_of(a), values_of(a), num_permutations=100, level=0.001)
     assert len(none.scoring.latents) == 0 and math.isnan(none.scoring.by_lot)
 

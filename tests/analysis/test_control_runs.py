@@ -11,9 +11,10 @@ import torch
 
 from crosscoder.analysis.control_plan import Control, WantedControls, equal_latents
 from crosscoder.analysis.control_runs import plan_controls, run_controls
+from crosscoder.analysis.diff_cards import Unmeasured
 from crosscoder.analysis.opened_run import open_run
 from crosscoder.analysis.pair_controls import PairControls, read_controls
-from crosscoder.analysis.runs import evaluate_run
+from crosscoder.analysis.runs import diff_run, evaluate_run
 from crosscoder.analysis.tables import read_table
 from crosscoder.errors import (
     ConfigError,
@@ -103,6 +104,16 @@ def test_controls_can_be_evaluated_like_any_run(everything: tuple[Path, PairCont
     copy = shutil.copytree(everything[0] / "controls" / "null-base--chat-1", tmp_path / "null")
     evaluation = evaluate_run(copy, num_ce_tokens=100)
     assert evaluation.cross_entropy == {} and evaluation.num_rows > 0
+
+
+def test_a_diff_of_a_control_leaves_the_models_alone(everything: tuple[Path, PairControls], tmp_path: Path) -> None:
+    """No model makes the made-up source: nothing is patched or ablated, and the report says why."""
+    copy = shutil.copytree(everything[0] / "controls" / "null-base--chat-1", tmp_path / "null")
+    diff = diff_run(copy)
+    assert isinstance(diff.patching, Unmeasured) and isinstance(diff.effects, Unmeasured)
+    assert "Not measured: no model gives one of the sources" in diff.report.read_text()
+    with pytest.raises(ConfigError, match="a control itself"):
+        plan_controls(copy, WantedControls(("null",), seeds=1))
 
 
 def test_null_seeds_are_halved_into_calibration_and_test(everything: tuple[Path, PairControls]) -> None:

@@ -18,7 +18,14 @@ from crosscoder.analysis.opened_run import OpenedRun, open_run
 from crosscoder.analysis.tables import read_table
 from crosscoder.capture.corpus import Corpus
 from crosscoder.crosscoder import Crosscoder
-from crosscoder.errors import ConfigError, CrosscoderError, FileFormatError, RunConflict, SourceMismatch
+from crosscoder.errors import (
+    ConfigError,
+    CrosscoderError,
+    FileFormatError,
+    ModelMismatch,
+    RunConflict,
+    SourceMismatch,
+)
 from crosscoder.training.config import RunConfig, SaeConfig
 from crosscoder.training.json_numbers import json_values
 from crosscoder.training.run import train
@@ -215,6 +222,16 @@ def test_a_baseline_stands_beside(run: Path, config: RunConfig, tmp_path: Path) 
     assert "baseline latent" in [score.detector for score in diff.labels.labels[0].scores]
     with pytest.raises(SourceMismatch, match="writes one"):
         diff_run(baseline)
+
+
+def test_other_models_than_the_recorded_ones_are_refused(run: Path, toy_base_path: Path) -> None:
+    """Weights that changed under the same path: no report of the one with the hashes of the other."""
+    content = (run / "run.yaml").read_text()
+    chat = RunConfig.load(run / "run.yaml").models["chat"].path
+    (run / "run.yaml").write_text(content.replace(chat, str(toy_base_path)))
+    with pytest.raises(ModelMismatch, match="chat"):
+        diff_run(run)
+    assert not (run / "diff").exists()
 
 
 def test_what_is_missing_is_named(run: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -69,3 +70,13 @@ def test_an_ancestry_is_of_two_models() -> None:
     assert found.between("chat", "base") is found
     with pytest.raises(ConfigError, match="expected the ancestry of base and plain"):
         found.between("base", "plain")
+
+
+def test_a_vocabulary_that_was_added_to_is_no_other_ancestry(
+    toy_model: PreTrainedModel, toy_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A fine-tune with a few more embeddings: the rows that both have are compared."""
+    grown = deepcopy(toy_model)
+    grown.resize_token_embeddings(toy_model.config.vocab_size + 8)
+    found = measure_ancestry(studied("base", toy_model, toy_tokenizer), studied("chat", grown, toy_tokenizer))
+    assert found.shared and found.comparable > 0.99 and found.cosine == pytest.approx(1.0)
