@@ -79,17 +79,23 @@ def tune(out: Path, *, num_steps: int, batch_size: int, seed: int) -> None:
     books = shipped_books()[:4]
     writer = Writer([book["text"] for book in books], seed=f"training/{seed}", held_out=False)
     told = [writer.dialogue(index) for index in range(num_steps * batch_size)]
-    rows = windows(encode_books(tokenizer, books), bos=tokenizer.bos_token_id, seed=seed + 1)
+    rows = windows(encode_books(tokenizer, books), bos=special(tokenizer.bos_token_id), seed=seed + 1)
     opts = optimisers(model, muon_lr=RATES[0], adam_lr=RATES[1])
     save(model, tokenizer, out / alias(0))
     for step, batch in enumerate(batches(told, batch_size=batch_size, seed=seed)):
         encoded = [encode_dialogue(tokenizer, dialogue.messages("chat")) for dialogue in batch]
-        ids, weights = padded(encoded, pad=tokenizer.pad_token_id)
+        ids, weights = padded(encoded, pad=special(tokenizer.pad_token_id))
         book = torch.from_numpy(rows[step % len(rows)][None].astype(np.int64))
         loss = weighted_loss(model.train(), ids, weights) + BOOK_WEIGHT * next_token_loss(model, book)
         update(model, opts, loss, factor=linear_schedule(step, num_steps, warmup=10), rates=RATES)
         if step + 1 in saved_steps(num_steps):
             save(model, tokenizer, out / alias(step + 1))
+
+
+def special(token: object) -> int:
+    """The id of a special token that the shipped tokenizer has."""
+    assert isinstance(token, int)
+    return token
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
@@ -127,7 +133,7 @@ def mean_preference(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
     means = []
     for telling in ("chat", "plain"):
         encoded = [encode_dialogue(tokenizer, dialogue.messages(telling)) for dialogue in dialogues]
-        ids, weights = padded(encoded, pad=tokenizer.pad_token_id)
+        ids, weights = padded(encoded, pad=special(tokenizer.pad_token_id))
         logits = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
         said = logits.gather(2, ids[:, 1:, None]).squeeze(2)
         means.append(float((said * (weights[:, 1:] == 1)).sum() / len(dialogues)))
@@ -181,6 +187,8 @@ def measure(out: Path, steps: tuple[int, ...], *, num_tokens: int, count: int) -
         for label in labelled(run).labels
         if (best := label.best_latent) is not None and best.latent is not None
     ]
+    tokenizer = run.tokenizer
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
     return {
         "format": "crosscoder.benchmark/1",
         "date": datetime.date.today().isoformat(),
@@ -194,7 +202,7 @@ def measure(out: Path, steps: tuple[int, ...], *, num_tokens: int, count: int) -
         "emergence": found.to_json(),
         "one_against_all": against.to_json(),
         "labels": rows,
-        "preference": preference(models, run.tokenizer, count=count),
+        "preference": preference(models, tokenizer, count=count),
         "seconds": round(time.monotonic() - start),
     }
 

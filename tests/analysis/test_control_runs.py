@@ -167,7 +167,8 @@ def test_stability_and_baselines_are_there(everything: tuple[Path, PairControls]
     _, found = everything
     assert [each.run for each in found.stability] == ["repeat-1", "repeat-2", "repeat-3"]
     for each in found.stability:
-        assert 0 <= each.share_by_decoder <= 1 and each.share_by_activation is not None
+        assert each.share_by_decoder is not None and 0 <= each.share_by_decoder <= 1
+        assert each.share_by_activation is not None
         assert all(each.beyond_again[key] <= each.beyond[key] for key in each.beyond)
     sizes = {result.name: result.num_latents for result in found.runs}
     assert (sizes["difference-base--chat"], sizes["sae-base"], sizes["sae-chat"]) == (96, 48, 48)
