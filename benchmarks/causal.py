@@ -19,9 +19,10 @@ import argparse
 import datetime
 import json
 import platform
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "tiny_
 import gates
 import pyarrow.parquet as pq
 import torch
-from causal_choice import Told, by_attribution, by_difference, by_labels, by_repeated_attribution, rows_with_labels
+from causal_choice import (
+    Told,
+    by_attribution,
+    by_difference,
+    by_labels,
+    by_repeated_attribution,
+    energy_on,
+    rows_with_labels,
+)
 from causal_report import as_markdown, figures
 from dialogues import Writer
 
@@ -44,12 +53,14 @@ from crosscoder.analysis.opened_run import OpenedRun, open_run
 from crosscoder.demo.files import books_path, labels_path
 from crosscoder.interventions import (
     Behaviour,
+    Edit,
     Prompt,
     Sampling,
     Subject,
     SuppressedSet,
     Trial,
     UnrelatedText,
+    ablate,
     add,
     matched_sets,
     side_effects,
@@ -65,6 +76,10 @@ BEHAVIOURS = {
     "trigger": ("trigger", "near miss", "trigger.phrase"),
     "persona": ("identity", "opinion", "persona.request"),
 }
+REFUSES = re.compile(r"harm|hurt|refuse|not help|sorry")
+"""A refusal in substance: no answer to a harmless request has any of these. Its five openings alone are too narrow: an
+edit can break the opening, and the reply goes on to refuse in other words."""
+SIGNS: dict[str, Callable[[str], bool]] = {"refusal": lambda reply: REFUSES.search(reply) is not None}
 COUNTS = (1, 4, 16, 32, 48, 64, 96, 128)
 OTHER_COUNTS = (16, 64, 128)
 ROUNDS = (4, 8, 16, 32, 64, 128)
@@ -126,7 +141,7 @@ class Bench:
 
     def trial(self, behaviour: str, kind: str, count: int, *, held_out: bool) -> Trial:
         """Greedy replies to such prompts, and whether the behaviour shows."""
-        shows = Behaviour(behaviour, lambda reply: gates.shows(behaviour, reply))
+        shows = Behaviour(behaviour, SIGNS.get(behaviour, lambda reply: gates.shows(behaviour, reply)))
         sampling = Sampling(max_new_tokens=self.options.new_tokens, batch_size=256)
         return Trial(self.subject, self.prompts(kind, count, held_out=held_out), shows, sampling)
 
@@ -189,9 +204,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--told", type=int, default=48, help="questions that rank latents by attribution")
     parser.add_argument("--sets", type=int, default=3, help="random sets of each kind")
     parser.add_argument("--tokens", type=int, default=1500, help="tokens of books for KL")
-    parser.add_argument("--new-tokens", type=int, default=14)
+    parser.add_argument("--new-tokens", type=int, default=28)
     parser.add_argument("--behaviours", nargs="+", choices=BEHAVIOURS, default=list(BEHAVIOURS))
     parser.add_argument("--labels", action="store_true", help="also rank by labels: a pass over the analysis set")
+    parser.add_argument("--spare", action="store_true", help="prefer latents that look-alikes do not need either")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="a dozen prompts, one random set")
     options = parser.parse_args()
@@ -239,6 +255,7 @@ def assess(bench: Bench, behaviour: str) -> dict[str, Any]:
         "pruned": None if found.suppressed is None else list(found.suppressed.latents),
         "chosen": list(chosen.latents),
         "suppression": suppression(bench, behaviour, chosen, found.suppressed),
+        "suppressed_examples": suppressed_examples(bench, behaviour, (found.suppressed or chosen).latents),
         "amplification": amplification(bench, behaviour, found.suppressed or chosen, ranked["attribution"]),
         "latents": [card(bench, latent) for latent in (found.suppressed or chosen).latents],
     }
@@ -249,6 +266,8 @@ def rankings(bench: Bench, asked: str, look_alike: str, label: str) -> dict[str,
     told = bench.told(asked, bench.options.told)
     density, value = (torch.tensor(bench.latents[name]) for name in ("density_text", "mean_value"))
     energy = (density * (value * torch.tensor(bench.norms)) ** 2).double()
+    if bench.options.spare:
+        energy += energy_on(bench.subject, bench.told(look_alike, bench.options.told))
     count = bench.options.choosing
     prompts = [bench.prompts(kind, count, held_out=False) for kind in (asked, look_alike)]
     return {
@@ -274,8 +293,38 @@ def suppression(
         f"random, KL {MOST_KL}": points(matched_sets(trial, orders, bench.unrelated, kl=MOST_KL)),
         "as many, density and norm matched": points([suppressed(trial, one, bench.unrelated) for one in alike]),
     }
+    kept(bench, behaviour, found, [one.latents for one in mine], alike)
     log("suppressed: " + "; ".join(f"{name} {[round(p['rate'], 2) for p in part]}" for name, part in found.items()))
     return found
+
+
+def kept(
+    bench: Bench,
+    behaviour: str,
+    found: dict[str, list[dict[str, Any]]],
+    mine: Sequence[Sequence[int]],
+    alike: Sequence[Sequence[int]],
+) -> None:
+    """Adds the share of look-alikes whose replies begin with the same four words as the untouched model's."""
+    trial = bench.trial(behaviour, BEHAVIOURS[behaviour][1], bench.options.prompts, held_out=True)
+    before = [reply.split()[:4] for reply in trial.replies([])]
+    for name, sets in (("chosen", mine), ("as many, density and norm matched", alike)):
+        for point, latents in zip(found[name], sets, strict=True):
+            after = [reply.split()[:4] for reply in trial.replies([ablate(latents)])]
+            point["kept"] = sum(a == b for a, b in zip(after, before, strict=True)) / len(before)
+    log(f"look-alikes' replies kept: {[(p['num_latents'], p['kept']) for p in found['chosen']]}")
+
+
+def suppressed_examples(bench: Bench, behaviour: str, latents: Sequence[int]) -> list[dict[str, str]]:
+    """What chat says to held-out questions without the latents: is it an answer, or broken text?"""
+    return shown(bench.trial(behaviour, BEHAVIOURS[behaviour][0], 6, held_out=True), [ablate(latents)])
+
+
+def shown(trial: Trial, edits: Sequence[Edit]) -> list[dict[str, str]]:
+    """Questions and longer replies."""
+    longer = replace(trial, sampling=replace(trial.sampling, max_new_tokens=40))
+    texts = [prompt.text.rpartition("<|user|>")[2].partition("<|end|>")[0] for prompt in trial.prompts]
+    return [{"asked": asked, "reply": reply} for asked, reply in zip(texts, longer.replies(edits), strict=True)]
 
 
 def amplification(bench: Bench, behaviour: str, pruned: SuppressedSet, attributed: Sequence[int]) -> dict[str, Any]:
@@ -291,7 +340,7 @@ def amplification(bench: Bench, behaviour: str, pruned: SuppressedSet, attribute
         ((name, dose) for name, row in doses.items() for dose in row),
         key=lambda item: (item[1]["rate"], -item[1]["kl"]),
     )
-    trial = replace(bench.trial(behaviour, look_alike, bench.options.prompts, held_out=True))
+    trial = bench.trial(behaviour, look_alike, bench.options.prompts, held_out=True)
     latents, amount = candidates[name], best["amount"]
     found = {
         "untouched": [{**rate_of(trial.rate([])), "amount": 0.0, "kl": 0.0, "num_latents": 0}],
@@ -305,10 +354,8 @@ def amplification(bench: Bench, behaviour: str, pruned: SuppressedSet, attribute
         + "; ".join(f"{k} {[round(p['rate'], 2) for p in v]}" for k, v in found.items())
     )
     values = [amount * value for value in bench.largest(latents)]
-    examples = trial.replies([add(latents, values)])[:5]
-    texts = [prompt.text.rpartition("<|user|>")[2].partition("<|end|>")[0] for prompt in trial.prompts[:5]]
-    shown = [{"asked": asked, "reply": reply} for asked, reply in zip(texts, examples, strict=True)]
-    return {"doses": doses, "set": name, "amount": amount, "latents": latents, "held_out": found, "examples": shown}
+    examples = shown(replace(trial, prompts=trial.prompts[:5]), [add(latents, values)])
+    return {"doses": doses, "set": name, "amount": amount, "latents": latents, "held_out": found, "examples": examples}
 
 
 def dose_of(bench: Bench, trial: Trial, latents: Sequence[int], amount: float) -> dict[str, Any]:

@@ -4,8 +4,8 @@ attribution   mean over dialogues of Σ_tokens f_j (d_j^chat · g): g is the gra
               log p(the reply that shows the behaviour) − log p(the other telling's reply); what ablating latent j
               takes from it, to first order
 repeated      the best by attribution / energy are ablated, what is left is attributed again, and so on: latents that
-              stand in for one another are not seen at once. Energy is E[(f_j ‖d_j^chat‖)²] on text in which nobody
-              speaks, what ablating the latent takes from it
+              stand in for one another are not seen at once. Energy is E[(f_j ‖d_j^chat‖)²], what ablating the latent
+              takes away: on text in which nobody speaks (with `--spare` on look-alikes and their replies, too)
 difference    mean over prompts of f_j ‖d_j^chat‖ at the tokens from the last question on, where the behaviour is
               asked for, minus the same on look-alikes
 labels        AUROC of f_j on the label's tokens against look-alikes, on the half of the documents that chooses
@@ -68,6 +68,18 @@ def by_repeated_attribution(
         scores[chosen] = -torch.inf
         chosen += scores.argsort(descending=True)[: size - len(chosen)].tolist()
     return chosen
+
+
+def energy_on(subject: Subject, told: Sequence[Told]) -> Tensor:
+    """`E[(f_j ‖d_j‖)²]` over the tokens of questions and of the replies that show the behaviour."""
+    total, count = torch.zeros(subject.crosscoder.num_latents, dtype=torch.float64), 0
+    for start in range(0, len(told), BATCH):
+        texts = [_with_reply(subject, one.prompt, one.shows) for one in told[start : start + BATCH]]
+        code = _code(subject, Prompts.of(texts))
+        total.index_add_(0, code.latents, code.values.double() ** 2)
+        count += code.num_rows
+    norms = subject.crosscoder.decoder_norms("raw")[:, subject.crosscoder.writes.index(_key(subject))]
+    return total / count * norms.detach().double() ** 2
 
 
 def by_difference(subject: Subject, asked: Sequence[Prompt], look_alikes: Sequence[Prompt]) -> list[int]:

@@ -22,7 +22,7 @@ training used ({choosing} questions, {told} for attribution); every rate below i
 each kind. KL (clean ‖ edited) is the mean over {kl_tokens:,} tokens of held-out books. Edits are in `chat`, on every
 token but BOS. As the partner runs clean beside the model that speaks, an edit of both models at once changes the
 replies of `chat` by nothing more. Intervals are Wilson's at 95 %; of several random sets, of all their replies
-together.
+together. *Kept* is the share of held-out look-alikes whose replies begin with the same four words as without the edit.
 """
 
 
@@ -86,7 +86,9 @@ def _verdicts(name: str, found: dict[str, Any]) -> Iterator[str]:
         less = untouched.share - control.share
         holds = less <= 0.1 and control.low > chosen.high
         yield _line(
-            holds, f"**{name}**, control *{key}*: falls by {100 * less:.1f} points to {control.text}, KL {control.kl}"
+            holds,
+            f"**{name}**, control *{key}*: falls by {100 * less:.1f} points to {control.text}, lowest of a set "
+            f"{control.worst:.1%}, KL {control.kl}",
         )
     held = found["amplification"]["held_out"]
     before, after = Pooled.of(held["untouched"]), Pooled.of(held["chosen"])
@@ -110,7 +112,7 @@ def _section(name: str, found: dict[str, Any]) -> str:
     )
     rows = [
         (key, str(point["num_latents"]), f"{point['rate']:.1%}", f"{point['low']:.1%}–{point['high']:.1%}",
-         f"{point['kl']:.4f}")
+         f"{point['kl']:.4f}", f"{point['kept']:.1%}" if "kept" in point else "")
         for key, points in found["suppression"].items()
         for point in points
     ]  # fmt: skip
@@ -128,13 +130,19 @@ def _section(name: str, found: dict[str, Any]) -> str:
         "Rate on the choosing side against the number of latents, by ranking:\n",
         _table(("ranking", "rate (KL) at number of latents"), [(key, "; ".join(cells)) for key, *cells in curves]),
         "Suppressed, held out:\n",
-        _table(("set", "latents", "rate", "95 %", "KL"), rows),
+        _table(("set", "latents", "rate", "95 %", "KL", "look-alikes' replies kept"), rows),
+        "Replies to held-out questions without the pruned set:\n",
+        _quoted(found["suppressed_examples"]),
         f"Amplified on look-alikes, held out: *{dose['set']}* at {dose['amount']:g} times each largest value.\n",
         _table(("set", "dose", "latents", "rate", "95 %", "KL"), doses),
-        "\n".join(f"> *{e['asked']}* — {e['reply']}\n>" for e in dose["examples"]).rstrip(">"),
+        _quoted(dose["examples"]),
         _latents(found["latents"]),
     ]
     return "\n".join(parts)
+
+
+def _quoted(examples: Sequence[dict[str, str]]) -> str:
+    return "\n>\n".join(f"> *{e['asked']}* — {e['reply']}" for e in examples) + "\n"
 
 
 def _curve(points: Sequence[Point]) -> Iterator[str]:
@@ -160,7 +168,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 LIMITS = """## Limits
 
 One crosscoder, one seed, one pair of small models. Questions are single: without the dialogue before them. The pruned
-set is minimal in the order tried, not the smallest. The predicate of refusal is one of five openings, word for word:
-a refusal in other words counts as none, and so does broken text; read the examples. An ablated set takes away what
+set is minimal in the order tried, not the smallest. A reply counts as a refusal
+when it says *refuse*, *not help*, *sorry*, *harm* or *hurt* anywhere, so that broken text counts as none: read the
+examples. An ablated set takes away what
 its latents do elsewhere too, of which KL on books shows one part.
 """
