@@ -6,11 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from verdicts import interval
+
 from crosscoder.analysis.steering_plots import against_count
 from crosscoder.interventions.suppression import answer
-from crosscoder.synthetic.curves import wilson
 
 KINDS = {"repeated attribution": "b", "attribution": "a", "difference": "shared", "labels": "other"}
+MOST_LOST = 0.1
+"""What a control may take from a behaviour."""
 Point = dict[str, Any]
 
 HEAD = """# Do the latents of a planted behaviour cause it?
@@ -21,33 +24,55 @@ tokens to single questions. Latents are ranked, sets pruned and doses found on q
 training used ({choosing} questions, {told} for attribution); every rate below is on {prompts} held-out questions of
 each kind. KL (clean ‖ edited) is the mean over {kl_tokens:,} tokens of held-out books. Edits are in `chat`, on every
 token but BOS. As the partner runs clean beside the model that speaks, an edit of both models at once changes the
-replies of `chat` by nothing more. Intervals are Wilson's at 95 %; of several random sets, of all their replies
-together. *Kept* is the share of held-out look-alikes whose replies begin with the same four words as without the edit.
+replies of `chat` by nothing more. Intervals are Wilson's at 95 %; of several random sets, t intervals of
+the mean over sets, since replies under one set stand or fall together (where all sets came out the same, Wilson's of
+one). A control holds if *no* set of it takes more than ten points; sets that miss the KL wanted by more than a
+quarter are named.
+*Kept* is the share of held-out look-alikes whose replies begin with the same four words as without the edit.
 """
 
 
 @dataclass(frozen=True)
-class Pooled:
-    """The replies of several sets together."""
+class OverSets:
+    """The rates of several sets: replies of one set stand or fall together, so that sets are what is counted."""
 
-    share: float
+    rates: tuple[float, ...]
     low: float
     high: float
-    worst: float
+    lowest: float
+    highest: float
     kl: str
 
     @classmethod
-    def of(cls, points: Sequence[Point]) -> Pooled:
-        """Pooled over sets; `worst` is the lowest rate of one, `kl` their range."""
-        hits, total = sum(p["hits"] for p in points), sum(p["total"] for p in points)
+    def of(cls, points: Sequence[Point]) -> OverSets:
+        """Of one set, or several that came out the same, Wilson's of one's replies; else a t interval over sets.
+
+        `lowest` and `highest` are the ends of the sets' own intervals.
+        """
+        rates = tuple(p["rate"] for p in points)
         low, high = min(p["kl"] for p in points), max(p["kl"] for p in points)
         span = f"{low:.4f}" if len(points) == 1 else f"{low:.4f}–{high:.4f}"
-        return cls(hits / total, *wilson(hits, total), min(p["rate"] for p in points), span)
+        alike = len(set(rates)) == 1
+        over_sets = interval(rates)
+        return cls(
+            rates=rates,
+            low=points[0]["low"] if alike else max(over_sets.low, 0.0),
+            high=points[0]["high"] if alike else min(over_sets.high, 1.0),
+            lowest=min(p["low"] for p in points),
+            highest=max(p["high"] for p in points),
+            kl=span,
+        )
+
+    @property
+    def share(self) -> float:
+        """The mean over sets."""
+        return sum(self.rates) / len(self.rates)
 
     @property
     def text(self) -> str:
-        """Rate and interval."""
-        return f"{self.share:.1%} ({self.low:.1%}–{self.high:.1%})"
+        """The mean with its interval, and each set's own rate where there are several."""
+        mean = f"{self.share:.1%} ({self.low:.1%}–{self.high:.1%})"
+        return mean if len(self.rates) == 1 else f"{mean}; sets {', '.join(f'{rate:.1%}' for rate in self.rates)}"
 
 
 def as_markdown(result: dict[str, Any]) -> str:
@@ -78,27 +103,44 @@ def figures(result: dict[str, Any]) -> dict[str, str]:
 
 def _verdicts(name: str, found: dict[str, Any]) -> Iterator[str]:
     """One line for each claim, with its figures."""
-    parts = {key: Pooled.of(points) for key, points in found["suppression"].items() if key != "chosen"}
-    untouched, chosen = parts.pop("untouched"), Pooled.of(found["suppression"]["chosen"][:1])
+    parts = {key: OverSets.of(points) for key, points in found["suppression"].items() if key != "chosen"}
+    untouched, chosen = parts.pop("untouched"), OverSets.of(found["suppression"]["chosen"][:1])
     drop = untouched.share - chosen.share
     yield _line(drop >= 0.5, f"**{name}**, suppressed: {untouched.share:.1%} → {chosen.text}, KL {chosen.kl}")
     for key, control in parts.items():
-        less = untouched.share - control.share
-        holds = less <= 0.1 and control.low > chosen.high
+        mean, worst = (untouched.share - rate for rate in (control.share, min(control.rates)))
+        over = sum(untouched.share - rate > MOST_LOST for rate in control.rates)
         yield _line(
-            holds,
-            f"**{name}**, control *{key}*: falls by {100 * less:.1f} points to {control.text}, lowest of a set "
-            f"{control.worst:.1%}, KL {control.kl}",
+            over == 0 and mean <= MOST_LOST and control.lowest > chosen.high,
+            f"**{name}**, control *{key}*: {over} of {len(control.rates)} sets take more than ten points; the mean "
+            f"falls by {100 * mean:.1f}, the worst by {100 * worst:.1f}, to {control.text}; KL {control.kl}"
+            f"{_missed(key, found)}",
+        )
+    kept = {key: [p["kept"] for p in points if "kept" in p] for key, points in found["suppression"].items()}
+    mine, matched = kept["chosen"], kept["as many, density and norm matched"]
+    if mine and matched:
+        yield _line(
+            mine[0] >= 1 - MOST_LOST,
+            f"**{name}**, suppressed, leaves look-alikes' replies as they were: {mine[0]:.1%} of them, "
+            f"{matched[0]:.1%} under a matched set",
         )
     held = found["amplification"]["held_out"]
-    before, after = Pooled.of(held["untouched"]), Pooled.of(held["chosen"])
-    alike = Pooled.of(held["as many, density and norm matched"])
-    raised = after.low > before.high and after.low > alike.high
+    before, after = OverSets.of(held["untouched"]), OverSets.of(held["chosen"])
+    alike = OverSets.of(held["as many, density and norm matched"])
     yield _line(
-        raised,
+        after.low > before.high and after.low > alike.highest,
         f"**{name}**, amplified on look-alikes: {before.share:.1%} → {after.text}, KL {after.kl}; as many matched "
         f"latents {alike.text}",
     )
+
+
+def _missed(key: str, found: dict[str, Any]) -> str:
+    """How many random sets are further than a quarter from the KL that they were to reach."""
+    chosen = found["suppression"]["chosen"][0]["kl"]
+    wanted = chosen if key == "random, KL of the chosen" else float(key.split()[-1]) if ", KL " in key else None
+    off = [p["kl"] for p in found["suppression"][key] if wanted is not None and abs(p["kl"] - wanted) > wanted / 4]
+    reached = ", ".join(f"{kl:.2g}" for kl in off)
+    return f" (of the sets {len(off)} off {wanted:.2g} by more than a quarter: {reached})" if off else ""
 
 
 def _line(holds: bool, text: str) -> str:
