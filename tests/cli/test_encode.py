@@ -58,6 +58,10 @@ def test_prompts_are_shown_token_by_token(run: Path, tmp_path: Path) -> None:
 
 def test_a_crosscoder_directory_and_standard_input_do_as_well(run: Path) -> None:
     at_run = json.loads(invoke("encode", run, "--json", text="a small\nbrown dog\n").stdout)
+    (run / "latents.parquet").write_bytes(b"no table")  # the run's, whichever way the run is named
+    for name in (run, run / "crosscoder"):
+        assert invoke("encode", name, "--json", text="a dog").exit_code == 2
+    (run / "latents.parquet").unlink()
     elsewhere = run.with_name("alone")
     (run / "crosscoder").rename(elsewhere)
     alone = json.loads(invoke("encode", elsewhere, "--json", text="a small\nbrown dog\n").stdout)
@@ -81,6 +85,7 @@ def test_two_files_are_contrasted(trained: Path, tmp_path: Path) -> None:
     assert best["auroc"] in (0.0, 1.0) and best["fires_on_a"] != best["fires_on_b"]
     assert told["held_out"]["scoring"]["num_tested"] == told["held_out"]["choosing"]["num_found"]
     one = json.loads(invoke("encode", trained, *files, "--latent", best["latents"], "--json").stdout)
+    assert one["held_out"]["choosing"]["num_tested"] == 1
     assert one["num_tested"] == 1 and one["latents"][0]["auroc"] == best["auroc"]
 
 
