@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from math import floor, log10
+from math import ceil, floor, log10
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -49,6 +49,8 @@ class Axes:
 
     @property
     def _ticks(self) -> list[float]:
+        if self.bottom < -1:
+            return [float(tick) for tick in range(ceil(self.bottom), floor(self.top) + 1)]
         if not self.log:
             return [self.bottom + (self.top - self.bottom) * part / 4 for part in range(5)]
         return [0, *(10.0**power for power in range(int(log10(max(1, self.top))) + 1))]
@@ -124,7 +126,7 @@ def curves(
     places = [x for line in lines for x in line.x]
     heights = [y for line in lines for y in (*line.y, *line.low, *line.high)]
     bottom = floor(10 * min([0.0, *heights])) / 10
-    axes = Axes(min(places), max(max(places), min(places) + 1e-9), top or max(*heights, 1e-9), bottom=bottom)
+    axes = Axes(min(places), max(max(places), min(places) + 1e-9), _top(heights) if top is None else top, bottom=bottom)
     frame = axes.frame(x_ticks=x_ticks, x_label=labels[0], y_label=labels[1])
     return _svg(
         frame + "".join(_band(axes, line) for line in lines) + "".join(_line(axes, line) for line in lines), title
@@ -167,6 +169,11 @@ def _bar(axes: Axes, count: int, *, span: tuple[float, float], kind: str) -> str
     shape = f'x="{left + 0.5:.1f}" width="{max(0.5, right - left - 1):.1f}" y="{top:.1f}"'
     title = f"<title>{span[0]:.2f} to {span[1]:.2f}: {count:,} latents</title>"
     return f'<rect class="fill {kind}" {shape} height="{HEIGHT - BOTTOM - top:.1f}">{title}</rect>'
+
+
+def _top(heights: Sequence[float]) -> float:
+    """Where a drawing of these heights ends: at the highest, and above its bottom where all are 0."""
+    return max([1e-9, *heights]) if min([0.0, *heights]) == 0 else max([0.0, *heights])
 
 
 def _band(axes: Axes, line: Curve) -> str:

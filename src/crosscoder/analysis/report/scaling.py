@@ -14,7 +14,7 @@ from crosscoder.analysis.pair import PairStatistics
 from crosscoder.analysis.plots import bars, tiles
 from crosscoder.analysis.report.data import ReportData, ranged
 
-_SPAN = (-0.25, 1.5)
+_SPAN = (-0.5, 1.5)
 _RATIO_EDGES = np.linspace(-3.0, 3.0, 49)
 _KINDS = ("a", "shared", "b", "other", "other", "other")
 """Colour classes in the order of `CLASSES`."""
