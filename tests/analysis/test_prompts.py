@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from capture.tokenizers_of_kinds import byte_level
 from crosscoder.activations import ROLES
 from crosscoder.analysis.contrasts import fires_on
-from crosscoder.analysis.prompt_facts import EncodedPrompts, check_latents, latent_facts
+from crosscoder.analysis.prompt_facts import EncodedPrompts, latent_facts
 from crosscoder.analysis.prompt_page import prompt_page
 from crosscoder.analysis.prompt_text import parse_prompt, prompt_text, read_prompts
 from crosscoder.analysis.prompts import PromptCode, encode_for_run, encode_prompts
@@ -270,11 +270,6 @@ def test_tables_and_json_have_every_token(code: PromptCode, crosscoder: Crosscod
     table = encoded.token_table(2)
     assert table.num_rows >= len(tokens) and table["latent"].null_count == sum(not t["latents"] for t in tokens)
     assert set(encoded.latent_table(3)["by"].to_pylist()) == {"max", "sum"}
-
-
-def test_latents_out_of_range_are_refused(crosscoder: Crosscoder) -> None:
-    with pytest.raises(ConfigError, match="expected latents from 0 to 23; got 24, -1"):
-        check_latents([3, 24, -1], crosscoder)
 
 
 def test_firing_tokens_are_counted(code: PromptCode) -> None:

@@ -96,7 +96,7 @@ def test_two_files_are_contrasted(trained: Path, tmp_path: Path) -> None:
         (["--prompt", "say <|assistant|>"], "TextError: the prompt holds special tokens"),
         (["--prompt", "word " * 300], "tokens long; the models were made for 256"),
         (["--prompts", "nowhere.txt"], "TextError: expected a text file of prompts at nowhere.txt"),
-        (["--prompt", "a dog", "--latent", "64"], "ConfigError: expected latents from 0 to 63; got 64"),
+        (["--prompt", "a dog", "--latent", "64"], "UnknownLatent: this crosscoder has latents 0 to 63; got 64"),
         (["--prompt", "a dog", "--prompts", "x.txt"], "ConfigError: expected --prompt or --prompts, not both"),
         (["--prompt", "a dog", "--contrast", "nowhere.txt"], "TextError: expected a text file of prompts"),
         (["--prompt", "a", "--contrast", "x.txt", "--out", "x.html"], "ConfigError: --out writes the page of prompts"),

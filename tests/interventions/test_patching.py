@@ -282,7 +282,7 @@ def test_pairs_that_mean_nothing_to_each_other_are_refused(
 
 
 def test_latents_and_sources_that_are_not_there_are_refused(pair: Pair, text: AnalysisSet) -> None:
-    with pytest.raises(UnknownLatent, match="from 0 to 23; got 24"):
+    with pytest.raises(UnknownLatent, match="latents 0 to 23; got 24"):
         patching(double(), pair, text, a="base", b="chat", rankings={"norm": torch.tensor([3, 24])})
     with pytest.raises(EditError, match="twice"):
         patching(double(), pair, text, a="base", b="chat", rankings={"norm": torch.tensor([3, 3])})

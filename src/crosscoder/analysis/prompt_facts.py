@@ -22,7 +22,7 @@ from crosscoder.analysis.classes import CLASSES, LatentClasses, latent_classes
 from crosscoder.analysis.prompts import PromptCode
 from crosscoder.analysis.tables import read_table
 from crosscoder.crosscoder import Crosscoder
-from crosscoder.errors import ConfigError, FileFormatError
+from crosscoder.errors import FileFormatError
 
 Ranking = Literal["max", "sum", "relative"]
 RANKINGS: tuple[Ranking, ...] = ("max", "sum", "relative")
@@ -76,16 +76,6 @@ def latent_facts(
         a, b = crosscoder.writes.keys
     classes = None if a is None or b is None else latent_classes(crosscoder, a=a, b=b, density=columns.get("density"))
     return LatentFacts(facts.scale, **columns, classes=classes)
-
-
-def check_latents(latents: Sequence[int], crosscoder: Crosscoder) -> None:
-    """Raises ConfigError for a number that no latent has."""
-    outside = [latent for latent in latents if not 0 <= latent < crosscoder.num_latents]
-    if outside:
-        raise ConfigError(
-            f"expected latents from 0 to {crosscoder.num_latents - 1:,}; got {', '.join(map(str, outside))}.",
-            hint="`crosscoder diff` lists latents worth a look.",
-        )
 
 
 def _check_norms(table: pa.Table, crosscoder: Crosscoder, path: Path) -> None:

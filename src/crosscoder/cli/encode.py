@@ -104,9 +104,10 @@ def _code(run: OpenedRun, prompts: list[Prompt], asked: Asked, *, name: str) -> 
 
 
 def _encoded(run: OpenedRun, prompts: list[Prompt], asked: Asked, *, name: str) -> EncodedPrompts:
-    from crosscoder.analysis.prompt_facts import EncodedPrompts, check_latents, latent_facts
+    from crosscoder.analysis.prompt_facts import EncodedPrompts, latent_facts
+    from crosscoder.interventions.edits import check_latents
 
-    check_latents(asked.latents, run.crosscoder)
+    check_latents(run.crosscoder, asked.latents)
     statistics = (run.out if run.home is None else run.home.path) / STATISTICS
     facts = latent_facts(run.crosscoder, statistics if statistics.is_file() else None)
     return EncodedPrompts(_code(run, prompts, asked, name=name), facts, asked.latents)

@@ -22,7 +22,8 @@ from crosscoder.capture.models import Replacement, StudiedModel
 from crosscoder.capture.text import document_hash
 from crosscoder.codes import SparseCode
 from crosscoder.crosscoder import Crosscoder
-from crosscoder.errors import EditError, SourceMismatch, UnknownLatent
+from crosscoder.errors import EditError, SourceMismatch
+from crosscoder.interventions.edits import check_latents
 from crosscoder.interventions.prompts import Prompt
 from crosscoder.sources import Source
 
@@ -181,12 +182,7 @@ def written_site(crosscoder: Crosscoder, models: Mapping[str, StudiedModel], nam
 def checked_latents(crosscoder: Crosscoder, latents: Int[Tensor, "some"] | Sequence[int]) -> Int[Tensor, "some"]:
     """These latents as a tensor; raises UnknownLatent where one is out of range, EditError where one comes twice."""
     found = torch.as_tensor(latents, dtype=torch.int64).cpu()
-    outside = found[(found < 0) | (found >= crosscoder.num_latents)].tolist()
-    if outside:
-        raise UnknownLatent(
-            f"expected latents from 0 to {crosscoder.num_latents - 1:,}; got {', '.join(map(str, outside[:5]))}.",
-            hint="Number them as the crosscoder's tables do, in the column `latent`.",
-        )
+    check_latents(crosscoder, found.tolist())
     if len(found.unique()) < len(found):
         raise EditError("expected every latent once; some come twice.")
     return found
