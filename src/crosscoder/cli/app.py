@@ -151,7 +151,9 @@ def controls(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many null pairs, and repeats.")] = 3,
     num_tokens: Annotated[int | None, typer.Option(min=1, help="Rows to train each on; as many as the run.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be trained, and on how many rows.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would be trained, and on how many rows.")
+    ] = False,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
