@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from capture.families import build, tokens
 from crosscoder.capture import ModelConfig, StudiedModel, loading
+from crosscoder.capture.fingerprints import weights_hash
 from crosscoder.errors import ConfigError, FileFormatError, MissingExtra, ModelNotFound, UnsupportedModel
 
 
@@ -137,3 +138,14 @@ def test_an_adapter_without_peft(toy_base_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtra, match=r"crosscoder\[peft\]"):
         load(toy_base_path, adapter="anything")
+
+
+def test_weights_that_the_files_lack_are_the_same_at_every_loading(tmp_path: Path) -> None:
+    """A BERT saved without its pooler: no site needs it, and the hash of the weights is that of the model."""
+    small = hf.BertConfig(
+        vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    hf.BertModel(small, add_pooling_layer=False).save_pretrained(tmp_path)
+    state = torch.get_rng_state()
+    hashes = {weights_hash(loading.load_model(ModelConfig(path=str(tmp_path), dtype="float32"))) for _ in range(2)}
+    assert len(hashes) == 1 and torch.equal(torch.get_rng_state(), state)

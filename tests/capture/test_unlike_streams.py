@@ -99,7 +99,7 @@ def test_rows_are_activations_after_the_same_text(models: Any, text: Any, packin
                 found = two.read(["layers.1.resid_post"], own)["layers.1.resid_post"][0, -1]
                 torch.testing.assert_close(batch_by_source[SITES[1]][row], found, rtol=1e-4, atol=1e-5)
                 checked += 1
-    assert checked >= (20 if packing == "document" else 1)
+    assert checked >= (8 if packing == "document" else 1)
 
 
 @settings(max_examples=8, deadline=None)

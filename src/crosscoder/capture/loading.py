@@ -40,13 +40,15 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     settings = _settings(config)
     device = _device(config.device)
     loader = _loader(settings)
-    model, report = _from_pretrained(
-        config,
-        loader,
-        dtype=_dtype(config.dtype, settings, device),
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what the files lack and no site needs, such as BERT's pooler: one hash at every loading
+        model, report = _from_pretrained(
+            config,
+            loader,
+            dtype=_dtype(config.dtype, settings, device),
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     _refuse_missing_weights(config, report["missing_keys"])
     model = model if config.adapter is None else _with_adapter(model, config.adapter)
     return cast(PreTrainedModel, cast(torch.nn.Module, model).to(device))
