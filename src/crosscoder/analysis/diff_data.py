@@ -84,7 +84,7 @@ def report_data(run: OpenedRun, parts: DiffParts, shown: Shown, *, effects: Late
     cards = CardMaker(run, parts.pair, parts.statistics).cards(shown.everything, effects, sides=sides)
     return ReportData(
         classes=classes,
-        facts=_facts(run, classes),
+        facts=_facts(run, classes) | _ancestry(parts.pair),
         evaluation=parts.evaluation,
         density=parts.statistics["density"].to_numpy(),
         cards=cards,
@@ -141,6 +141,14 @@ def _facts(run: OpenedRun, classes: LatentClasses) -> dict[str, str]:
         f"of {len(text.documents):,} documents; hash {text.hash[:12]}",
         "run": run.out.resolve().name,
     }
+
+
+def _ancestry(pair: PairStatistics) -> dict[str, str]:
+    """Whether the two models descend from one another, which scaling needs."""
+    if pair.ancestry is None:
+        return {}
+    verdict = "one ancestry" if pair.ancestry.shared else "no common ancestry"
+    return {"weights": f"{verdict}: cosine {pair.ancestry.cosine:.3f} over {pair.ancestry.comparable:.0%} of them"}
 
 
 def _initial_weights(provenance: Mapping[str, Any]) -> str:

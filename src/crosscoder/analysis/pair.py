@@ -40,6 +40,7 @@ class PairStatistics:
 
     `toward_b` scales along b's decoder rows, so that ν near 0 is a latent of b alone; `toward_a` along a's. `twins` are
     a-only and b-only latents that point the same way, and `together` how those fire; None where widths differ.
+    `ancestry` says how alike the weights of the two models are, where they are two.
     """
 
     classes: LatentClasses
@@ -50,6 +51,7 @@ class PairStatistics:
     amplification: Amplification
     twins: Twins | None
     together: CoActivation | None
+    ancestry: Ancestry | None = None
 
     @property
     def reason(self) -> str | None:
@@ -74,6 +76,7 @@ class PairStatistics:
         """Counts and medians."""
         return {
             "scaling": {"reason": self.reason, "space": self.toward_b.space},
+            "ancestry": None if self.ancestry is None else self.ancestry.to_json(),
             "amplification": self.amplification.to_json(),
             "source_activity": self.activity.to_json(),
             "num_twins": None if self.twins is None else len(self.twins.cosine),
@@ -115,6 +118,7 @@ def pair_statistics(
         amplification=_amplification(crosscoder, classes, (toward_a, toward_b), statistics),
         twins=found,
         together=None if together is None else together.result,
+        ancestry=ancestry,
     )
 
 
