@@ -19,13 +19,14 @@ from torch import Tensor
 
 from crosscoder.activations import ActivationSource
 from crosscoder.analysis.cross_entropy import CrossEntropy, cross_entropies
-from crosscoder.analysis.passes import Observer, ReconstructionObserver, evaluating, watch
+from crosscoder.analysis.passes import Observer, ReconstructionObserver, watch
 from crosscoder.analysis.replacement import ReplacementModel, replacement_model
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.capture.models import StudiedModel
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import TextError
 from crosscoder.progress import Progress, silent
+from crosscoder.training.validation import evaluating
 
 DENSITY_EDGES = np.linspace(-7.0, 0.0, 29)
 """Bins of the density histogram, in powers of ten: four to a decade."""

@@ -11,12 +11,13 @@ from jaxtyping import Bool, Float, Int
 
 from crosscoder.activations import ActivationSource, Batch
 from crosscoder.analysis.labels import LocatedLabels
-from crosscoder.analysis.passes import check_sources, evaluating
+from crosscoder.analysis.passes import check_sources
 from crosscoder.capture.analysis_set import AnalysisSet
 from crosscoder.codes import SparseCode, pointers
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import SourceMismatch
 from crosscoder.progress import Progress, silent
+from crosscoder.training.validation import evaluating
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ arrive in the order of the text, and are encoded and decoded once, however many 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Protocol
 
 from crosscoder.activations import ActivationSource, Batch
@@ -15,7 +14,7 @@ from crosscoder.codes import SparseCode
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import SourceMismatch, TextError
 from crosscoder.progress import Progress, silent
-from crosscoder.training.validation import Reconstruction, ReconstructionStatistics, Reconstructor
+from crosscoder.training.validation import Reconstruction, ReconstructionStatistics, Reconstructor, evaluating
 
 
 class Observer(Protocol):
@@ -32,17 +31,6 @@ class ReconstructionObserver(Protocol):
     def update(self, batch: Batch, found: Reconstruction) -> None:
         """See the rows of one batch, and their code, reconstruction and error in normalised space."""
         ...
-
-
-@contextmanager
-def evaluating(crosscoder: Crosscoder) -> Iterator[None]:
-    """Eval mode inside the block, and the mode found after it."""
-    was_training = crosscoder.training
-    crosscoder.eval()
-    try:
-        yield
-    finally:
-        crosscoder.train(was_training)
 
 
 def watch(

@@ -20,7 +20,7 @@ from torch import Tensor
 from crosscoder.activations import Rows
 from crosscoder.analysis.labelled_rows import joined, select_rows
 from crosscoder.analysis.opened_run import OpenedRun
-from crosscoder.analysis.passes import check_sources, evaluating
+from crosscoder.analysis.passes import check_sources
 from crosscoder.analysis.prompt_text import Prompt, PromptText, Rendering, prompt_text
 from crosscoder.capture.alignment import Aligner
 from crosscoder.capture.derived import derived
@@ -34,6 +34,7 @@ from crosscoder.codes import SparseCode, pointers
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import ConfigError
 from crosscoder.progress import Progress, silent
+from crosscoder.training.validation import evaluating
 
 _log = logging.getLogger(__name__)
 

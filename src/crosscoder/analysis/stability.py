@@ -24,11 +24,12 @@ from torch import Tensor
 from crosscoder.activations import ActivationSource
 from crosscoder.analysis.classes import CLASSES, LatentClasses
 from crosscoder.analysis.latent_matches import JointSums, LatentMatches, check_same_writes, decoder_matches
-from crosscoder.analysis.passes import check_sources, evaluating
+from crosscoder.analysis.passes import check_sources
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import ConfigError
 from crosscoder.groups import Columns
 from crosscoder.progress import Progress, silent
+from crosscoder.training.validation import evaluating
 
 MATCH = 0.7
 By = Literal["decoder", "activation"]

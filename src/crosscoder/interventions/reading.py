@@ -6,8 +6,7 @@ the model gives them, since no crosscoder was trained on them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +25,7 @@ from crosscoder.errors import EditError, SourceMismatch
 from crosscoder.interventions.edits import check_latents
 from crosscoder.interventions.prompts import Prompt
 from crosscoder.sources import Source
+from crosscoder.training.validation import evaluating
 
 BLOCK_TOKENS = CPU_TOKENS
 """Tokens of one forward pass, unless the caller says otherwise."""
@@ -149,17 +149,6 @@ def continued(prompt: Prompt, tokens: Sequence[int]) -> Prompt:
         kept=torch.cat([prompt.kept, torch.ones_like(more, dtype=torch.bool)]),
         text=prompt.text,
     )
-
-
-@contextmanager
-def evaluating(crosscoder: Crosscoder) -> Iterator[None]:
-    """Eval mode inside the block, and the mode found after it."""
-    was_training = crosscoder.training
-    crosscoder.eval()
-    try:
-        yield
-    finally:
-        crosscoder.train(was_training)
 
 
 def written_site(crosscoder: Crosscoder, models: Mapping[str, StudiedModel], name: str) -> Source:

@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.errors import SourceMismatch
+from crosscoder.training.validation import evaluating
 
 BLOCK = 1024
 """Latents of one side that are compared at a time."""
@@ -131,12 +132,8 @@ class Clustering:
 
 
 def _values(sae: Crosscoder, rows: Tensor) -> Tensor:
-    was_training = sae.training
-    sae.eval()
-    try:
+    with evaluating(sae):
         return sae.encode(rows.to(sae.bias)).to_dense()
-    finally:
-        sae.train(was_training)
 
 
 def _standardised(values: Tensor) -> Tensor:

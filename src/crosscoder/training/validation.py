@@ -11,7 +11,8 @@ there are left out of it. `dead` counts latents that never fired on the rows see
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,17 @@ from crosscoder.activations import Batch
 from crosscoder.codes import SparseCode
 from crosscoder.crosscoder import Crosscoder
 from crosscoder.groups import Columns
+
+
+@contextmanager
+def evaluating(crosscoder: Crosscoder) -> Iterator[None]:
+    """Eval mode inside the block, and the mode found after it."""
+    was_training = crosscoder.training
+    crosscoder.eval()
+    try:
+        yield
+    finally:
+        crosscoder.train(was_training)
 
 
 @dataclass(frozen=True)
@@ -138,14 +150,10 @@ class ReconstructionStatistics:
 
 def validate(crosscoder: Crosscoder, batches: Iterable[Batch]) -> dict[str, float]:
     """FVE, L0 and dead latents on `batches` in eval mode; the mode found is restored."""
-    was_training = crosscoder.training
-    crosscoder.eval()
-    try:
-        statistics = ReconstructionStatistics(crosscoder)
+    statistics = ReconstructionStatistics(crosscoder)
+    with evaluating(crosscoder):
         for batch in batches:
             statistics.update(batch.x)
-    finally:
-        crosscoder.train(was_training)
     return {
         "fve": statistics.fve,
         "fve_mean_of_ratios": statistics.fve_mean_of_ratios,
